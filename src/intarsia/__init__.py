@@ -1,0 +1,1 @@
+"""intarsia: modular and parameter-efficient fine-tuning of transformers."""
