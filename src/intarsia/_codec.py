@@ -186,7 +186,7 @@ def _unregistered(cls: type) -> str:
     )
 
 
-def _lookup(name: object) -> type | None:
+def _lookup(name: object) -> Any:
     """The class registered under a name, None for an unknown one."""
     return specs[name] if isinstance(name, str) and name in specs else None
 
@@ -307,7 +307,7 @@ class _Walk:
         if self.back and classes and isinstance(value, dict):
             return self.choose(value, classes, path, depth)
         if not exact:
-            raise SpecError(f"{path}: expected {_describe(Union[members])}, found {_found(value)}")
+            raise SpecError(f"{path}: expected {' or '.join(_describe(m) for m in members)}, found {_found(value)}")
         for member in exact[:-1]:
             try:
                 return self.convert(value, member, path, depth)
