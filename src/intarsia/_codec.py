@@ -241,10 +241,11 @@ class _Walk:
     def dump(self, obj: Any, path: str, depth: int) -> dict[str, Any]:
         """A registered dataclass as a dictionary."""
         self.step(path, depth)
-        if type(obj) not in _NAMES:
-            raise SpecError(f"{path}: {_unregistered(type(obj))}")
-        out: dict[str, Any] = {"type": _NAMES[type(obj)]}
-        for field in _fields(type(obj)):
+        cls: Any = type(obj)
+        if cls not in _NAMES:
+            raise SpecError(f"{path}: {_unregistered(cls)}")
+        out: dict[str, Any] = {"type": _NAMES[cls]}
+        for field in _fields(cls):
             value = self.convert(getattr(obj, field.name), field.hint, f"{path}.{field.name}", depth + 1)
             if field.default is None or _text(value) != field.default:
                 out[field.name] = value
