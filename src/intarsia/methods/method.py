@@ -1,0 +1,177 @@
+"""`Patch`, `Policy`, `Method`: a method is a template of patches plus what else its paper prescribes.
+
+A `Method` is pure data (it is written into module files).  The literature's names are factories in `rows.py` and its
+neighbours, registered in `METHODS`; each is a few lines that fill in a `Method`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from intarsia._codec import register
+from intarsia._registry import Registry
+from intarsia.errors import SpecError, listing, nearest
+from intarsia.patches import Add, FormSpec, Head, LanguageModelHead, OpSpec
+
+PortName = Literal["out", "in", "weight", "mem", "seq", "logits"]
+
+
+@register("patch")
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """At the sites `at` (of `port`), the value of `form` enters by `op`.
+
+    Attributes:
+        name: unique within the method; part of the names tensors are stored under.
+        at: site pattern, see `intarsia.sites.address.matches`.
+        port: which kind of site.
+        layers: layers per stack, e.g. `"-3:"`; None for all.
+        tag: group of parameters for the policy's learning rates (`head`, `norm`, ...); empty for the default group.
+        optional: a model without these sites is no error (e.g. layer norms without a bias).
+    """
+
+    name: str
+    at: str
+    form: FormSpec
+    op: OpSpec = field(default_factory=Add)
+    port: PortName = "out"
+    layers: str | None = None
+    tag: str = ""
+    optional: bool = False
+
+
+@register("group")
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Learning-rate factor and weight decay for the parameters of patches with a tag."""
+
+    tag: str
+    rate: float = 1.0
+    decay: float | None = None
+
+
+@register("policy")
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a paper prescribes besides the patches.
+
+    Attributes:
+        learning_rate: default of the method's main group (AdamW).
+        decay: weight decay of the main group; 0 for methods that must not be pulled to zero, such as (IA)^3.
+        groups: overrides per tag.
+        flatten: export reparametrised tensors to plain ones when training ends.
+    """
+
+    learning_rate: float = 5e-4
+    decay: float = 0.0
+    groups: tuple[Group, ...] = ()
+    flatten: bool = False
+
+
+@register("method")
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A named template of patches.
+
+    Attributes:
+        name: the literature's name.
+        source: paper (arXiv id) the row follows.
+        settings: the arguments the row was built with, for display and for `transfer`.
+    """
+
+    name: str
+    patches: tuple[Patch, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    source: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [p.name for p in self.patches]
+        if len(set(names)) != len(names):
+            raise SpecError(f"method {self.name!r} has two patches of the same name: {names}")
+        for name in names:
+            if not name.isidentifier():
+                raise SpecError(f"patch name {name!r} of method {self.name!r} must be an identifier")
+
+    @property
+    def head(self) -> Head | LanguageModelHead | None:
+        """The head among the patches, if any."""
+        return next((p.form for p in self.patches if isinstance(p.form, Head | LanguageModelHead)), None)
+
+    def with_head(self, head: Head | LanguageModelHead) -> Method:
+        """The same method with new outputs; their parameters have the tag `head`."""
+        if self.head is not None:
+            raise SpecError(f"method {self.name!r} already has a head: {self.head}")
+        return replace(self, patches=(*self.patches, head_patch(head)))
+
+    def without_head(self) -> Method:
+        """The method without its head."""
+        return replace(self, patches=tuple(p for p in self.patches if p.port != "logits"))
+
+
+def head_patch(head: Head | LanguageModelHead) -> Patch:
+    """The patch that puts a head on the model's final hidden states."""
+    from intarsia.patches import Replace
+
+    return Patch("head", "logits", head, Replace(), port="logits", tag="head")
+
+
+def union(name: str, *methods: Method, policy: Policy | None = None, source: str = "") -> Method:
+    """The patches of several methods as one; patch names get the method's name in front where they collide."""
+    patches: list[Patch] = []
+    taken: set[str] = set()
+    for method in methods:
+        for patch in method.patches:
+            unique = patch.name if patch.name not in taken else f"{method.name}_{patch.name}"
+            taken.add(unique)
+            patches.append(replace(patch, name=unique))
+    return Method(name, tuple(patches), policy or methods[0].policy, source or "; ".join(m.source for m in methods))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A registered method: its factory and what the method table says of it."""
+
+    name: str
+    factory: Callable[..., Method]
+    summary: str
+    equation: str
+    source: str
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Names and default values of the factory's arguments."""
+        return {k: p.default for k, p in inspect.signature(self.factory).parameters.items()}
+
+    def build(self, **settings: Any) -> Method:
+        """The method with some arguments set; an unknown argument is refused with a suggestion."""
+        for key in settings:
+            if key not in self.defaults:
+                raise SpecError(
+                    f"method {self.name!r} has no setting {key!r}{nearest(key, self.defaults)} "
+                    f"known: {listing(self.defaults, 20) or 'none'}"
+                )
+        method = self.factory(**settings)
+        return replace(method, source=method.source or self.source, settings={**self.defaults, **settings})
+
+
+METHODS: Registry[Row] = Registry("method")
+
+
+def row(name: str, *, equation: str, source: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Register a factory as the method `name`; its docstring's first line is the summary."""
+
+    def add(factory: Callable[..., Method]) -> Callable[..., Method]:
+        summary = (inspect.getdoc(factory) or "").split("\n", 1)[0]
+        METHODS.add(name, Row(name, factory, summary, equation, source))
+        return factory
+
+    return add
+
+
+def build(name: str, **settings: Any) -> Method:
+    """The method of the literature with this name, e.g. `build("lora", rank=4)`."""
+    return METHODS[name].build(**settings)

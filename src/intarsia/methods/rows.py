@@ -1,0 +1,147 @@
+"""The methods of the foundation, one row each; `union` combines them.
+
+Sources are given per row; where paper and released code differ the docstring says which is followed.
+"""
+
+from __future__ import annotations
+
+from intarsia.methods.method import Method, Patch, Policy, row
+from intarsia.patches import (
+    Add,
+    Affine,
+    Attend,
+    Bottleneck,
+    Concat,
+    Const,
+    LowRank,
+    Matrix,
+    Mul,
+    Tokens,
+)
+
+#: every layer norm of a model: `*` covers the norms of sub-layers as well as of embeddings and the last one
+NORMS = "**.norm.{weight,bias}, **.post_norm.{weight,bias}"
+
+
+def norm_patch() -> Patch:
+    """Train all layer norms along, as many adapter papers do."""
+    return Patch("norm", NORMS, Matrix(), port="weight", tag="norm")
+
+
+@row("full", equation="W' = W + D, D dense, for every parameter", source="Devlin et al. 2019, arXiv 1810.04805")
+def full() -> Method:
+    """Every parameter of the model, as a dense difference."""
+    return Method("full", (Patch("delta", "**", Matrix(), port="weight"),), Policy(learning_rate=5e-5, decay=0.01))
+
+
+@row("head", equation="only new outputs on the frozen features", source="linear probe")
+def head() -> Method:
+    """Nothing but the task's head on frozen features."""
+    return Method("head", (), Policy(learning_rate=5e-3))
+
+
+@row("freeze_k", equation="W' = W + D in the last k blocks", source="Lee, Tang & Lin 2019, arXiv 1911.03090")
+def freeze_k(k: int = 3) -> Method:
+    """Full fine-tuning of the last k blocks of each stack."""
+    return Method(
+        "freeze_k",
+        (Patch("delta", "**", Matrix(), port="weight", layers=f"-{k}:"),),
+        Policy(learning_rate=5e-5, decay=0.01),
+    )
+
+
+@row("ln", equation="gamma' = gamma + d, beta' = beta + e", source="Qi et al. 2022; Houlsby et al. 2019, section 3.4")
+def ln() -> Method:
+    """Gain and bias of every layer norm."""
+    return Method("ln", (norm_patch(),), Policy(learning_rate=1e-3))
+
+
+@row("bitfit", equation="b' = b + d for every bias vector", source="Ben-Zaken et al. 2022, arXiv 2106.10199")
+def bitfit(at: str = "**.bias") -> Method:
+    """Every bias vector of the model."""
+    return Method("bitfit", (Patch("shift", at, Matrix(), port="weight"),), Policy(learning_rate=1e-3))
+
+
+@row("lora", equation="y' = W x + (alpha / r) B A x", source="Hu et al. 2021, arXiv 2106.09685")
+def lora(
+    rank: int = 8, alpha: float = 16.0, at: str = "{attn,xattn}.{q,v}", dropout: float = 0.0, layers: str | None = None
+) -> Method:
+    """Low-rank change of linear layers (initialised as the released code: A kaiming-uniform, B zero)."""
+    patch = Patch("lora", at, Affine(LowRank(rank), dropout), Add(alpha / rank), layers=layers)
+    return Method("lora", (patch,), Policy(learning_rate=5e-4))
+
+
+@row("ia3", equation="k' = l_k * k, v' = l_v * v, W_2 (l_ff * act)", source="Liu et al. 2022, arXiv 2205.05638")
+def ia3(layers: str | None = None) -> Method:
+    """Rescaling of keys, values and the feed-forward activation."""
+    return Method(
+        "ia3",
+        (
+            Patch("scale", "{attn,xattn}.{k,v}", Const("ones"), Mul(), layers=layers),
+            Patch("scale_ffn", "ffn.act", Const("ones"), Mul(), port="in", layers=layers),
+        ),
+        Policy(learning_rate=3e-3),
+    )
+
+
+@row("houlsby", equation="h' = h + U gelu(D h + b) + c after attention and FFN", source="Houlsby et al. 2019, arXiv 1902.00751")
+def houlsby(
+    width: int | None = 64,
+    reduction: float = 16.0,
+    activation: str = "gelu",
+    norms: bool = True,
+    init: str = "houlsby",
+    layers: str | None = None,
+) -> Method:
+    """Two serial adapters per layer; layer norms are trained along (`norms`), as in the paper (initial std 1e-2)."""
+    form = Bottleneck(width, reduction, activation, "self", init=init)
+    patch = Patch("adapter", "attn, ffn", form, layers=layers)
+    return Method("houlsby", (patch, norm_patch()) if norms else (patch,), Policy(learning_rate=3e-4))
+
+
+@row("pfeiffer", equation="h' = h + U relu(D LN(h + x) + b) + c after the FFN", source="Pfeiffer et al. 2020, arXiv 2005.00052")
+def pfeiffer(
+    reduction: float = 16.0,
+    width: int | None = None,
+    activation: str = "relu",
+    init: str = "bert",
+    layers: str | None = None,
+) -> Method:
+    """One adapter per layer that reads the FFN's add-and-norm and writes before it."""
+    form = Bottleneck(width, reduction, activation, "normed", init=init)
+    return Method("pfeiffer", (Patch("adapter", "ffn", form, layers=layers),), Policy(learning_rate=5e-4))
+
+
+@row("parallel", equation="h' = h + s (U relu(D x + b) + c) beside the FFN", source="He et al. 2021, arXiv 2110.04366")
+def parallel(
+    reduction: float = 2.0,
+    width: int | None = None,
+    scale: float = 4.0,
+    at: str = "ffn",
+    activation: str = "relu",
+    layers: str | None = None,
+) -> Method:
+    """Scaled parallel adapter: reads what the sub-layer reads, adds to what it writes."""
+    form = Bottleneck(width, reduction, activation, "reads", init="kaiming", zero_up=True)
+    return Method("parallel", (Patch("adapter", at, form, Add(scale), layers=layers),), Policy(learning_rate=5e-4))
+
+
+@row("prompt", equation="[P; E(x)]", source="Lester et al. 2021, arXiv 2104.08691")
+def prompt(length: int = 20, init: str = "vocabulary", where: str = "auto", ids: tuple[int, ...] = ()) -> Method:
+    """Trained embeddings in the token sequence (of the encoder, in models with two stacks)."""
+    form = Tokens(length, where, init, ids=ids)  # type: ignore[arg-type]
+    return Method("prompt", (Patch("prompt", "seq", form, Concat(), port="seq"),), Policy(learning_rate=1e-2))
+
+
+@row("prefix", equation="Attn(q, [P_k; K], [P_v; V]) in every layer", source="Li & Liang 2021, arXiv 2101.00190")
+def prefix(
+    length: int = 30, reparameterise: int | None = 512, dropout: float = 0.0, layers: str | None = None
+) -> Method:
+    """Trained keys and values for every attention; the generating network is flattened after training."""
+    form = Attend(length, reparameterise, dropout)
+    patch = Patch("prefix", "{attn,xattn}.mem", form, Concat(), port="mem", layers=layers)
+    rate = 1e-3 if reparameterise else 5e-3
+    return Method("prefix", (patch,), Policy(learning_rate=rate, flatten=True))
+
+
+__all__ = ["bitfit", "freeze_k", "full", "head", "houlsby", "ia3", "ln", "lora", "norm_patch", "parallel", "pfeiffer", "prefix", "prompt"]

@@ -1,0 +1,148 @@
+"""`Delta`: one patch built for one site, and the contracts between its parts.
+
+    value  = form(h, seen)            the only place where parameters are read
+    change = op.change(h, value)      h' = h + change
+    fold   = form/op on the linear map itself, or the reason why that is impossible
+
+A delta holds no state about who is active and never writes to the model.  `h` is a tensor for the ports `out`, `in` and
+`weight`; for `mem` and `seq` it is a tuple of blocks that is concatenated (see `blocks.py`); for `logits` it is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.patches.place import Place
+from intarsia.sites.address import Site
+
+
+class Seen(Protocol):
+    """What a form may look at besides `h`.  Nothing is computed until asked; a missing tensor raises SiteError."""
+
+    @property
+    def site(self) -> Site: ...
+    @property
+    def input(self) -> Tensor:
+        """What the touched module was given, [..., in]."""
+
+    @property
+    def residual(self) -> Tensor:
+        """The skip connection of the sub-layer, [B, T, d]."""
+
+    @property
+    def reads(self) -> Tensor:
+        """What the sub-layer reads (after the layer norm in pre-LN models), [B, T, d]."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Attention mask of the call, [B, T] bool, None if the caller gave none."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """The base's word-embedding matrix, [V, d]."""
+
+    def normed(self, h: Tensor) -> Tensor:
+        """The layer norm that follows the residual add, of `h + residual`; in pre-LN models `h + residual` itself.
+
+        Recomputed from the `h` given, so that stacked adapters each read the stream as the previous one left it.
+        """
+
+    def context(self, key: str) -> Any:
+        """Per-call context, e.g. a task id; raises CompositionError naming the key if the call gave none."""
+
+
+@dataclass(frozen=True, slots=True)
+class WhyNot:
+    """The reason why something (folding, export, mixing) is impossible, as a sentence for the user."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """An affine map y = W x + b as data: W is [out, in] (or a vector for norms), b [out] or None.  Used for folding."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Form(nn.Module):
+    """Computes the value of a patch.  Subclasses read parameters in `forward` only."""
+
+    def forward(self, h: Any, seen: Seen) -> Any:
+        raise NotImplementedError
+
+    def as_linear(self) -> Linear | WhyNot:
+        """The value as an affine function of the touched module's *input* (`read == "input"`), if it is one."""
+        return WhyNot(f"{type(self).__name__} is not an affine function of the layer's input")
+
+    def constant(self) -> Tensor | WhyNot:
+        """The value if it does not depend on any activation."""
+        return WhyNot(f"{type(self).__name__} depends on the activations")
+
+    def export(self) -> tuple[Any, dict[str, Tensor]] | None:
+        """A cheaper equal form as (specification, its tensors), or None if this is already the cheapest."""
+        return None
+
+
+@runtime_checkable
+class FormSpec(Protocol):
+    """A frozen, registered dataclass that can build a form."""
+
+    def build(self, place: Place) -> Form: ...
+
+
+@runtime_checkable
+class OpSpec(Protocol):
+    """How a value enters: a frozen, registered dataclass."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        """What is added to `h`."""
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        """Change of the affine map `base` at a linear site, or the reason why there is none."""
+
+
+class Delta(nn.Module):
+    """A form and an op at one site.
+
+    Args:
+        name: the patch's name within its method; tensors are stored under `<site>/<name>.<leaf>`.
+    """
+
+    def __init__(self, name: str, site: Site, form: Form, op: OpSpec) -> None:
+        super().__init__()
+        self.name = name
+        self.site = site
+        self.form = form
+        self.op = op
+
+    def forward(self, h: Any, seen: Seen) -> Any:
+        """Return the change of `h`."""
+        return self.op.change(h, self.form(h, seen))
+
+    def fold(self, base: Linear) -> Linear | WhyNot:
+        """Change of the affine map of the touched module; `base` is that map as it is now."""
+        return self.op.fold(base, self.form, self.site.port)
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}, {type(self.op).__name__}"
+
+
+def same_dtype(x: Tensor, parameter: Tensor) -> Tensor:
+    """`x` in the dtype of a parameter: a bf16 base under fp32 modules computes the module in fp32."""
+    return x if x.dtype == parameter.dtype else x.to(parameter.dtype)
+
+
+def back(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the dtype of the stream it enters."""
+    return value if value.dtype == like.dtype else value.to(like.dtype)
+
+
+def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Dropout that costs nothing when it does nothing."""
+    return torch.nn.functional.dropout(x, rate, True) if training and rate > 0 else x

@@ -1,0 +1,91 @@
+"""How a value enters the forward pass: the op axis.
+
+| op | change of h | folds |
+|---|---|---|
+| `Add(scale)` | scale * value | at a linear map |
+| `Mul()` | h * value - h | at a linear map: rows of W and b (out), columns of W (in) |
+| `Concat()` | the blocks themselves (appended) | never |
+| `Replace()` | the value (a head's logits) | never |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from intarsia._codec import register
+from intarsia.patches.delta import Form, Linear, WhyNot, back
+
+
+@register("add")
+@dataclass(frozen=True, slots=True)
+class Add:
+    """h' = h + scale * value."""
+
+    scale: float = 1.0
+
+    def change(self, h: Any, value: Any) -> Any:
+        value = back(value, h)
+        return value if self.scale == 1.0 else value * self.scale
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        if port == "weight":
+            value = form.constant()
+            return value if isinstance(value, WhyNot) else Linear(value * self.scale, None)
+        if port != "out":
+            return WhyNot("a value added to a layer's input enters through the layer's own weights; only `out` folds")
+        constant = form.constant()
+        if not isinstance(constant, WhyNot):
+            return Linear(None, constant * self.scale)
+        value = form.as_linear()
+        if isinstance(value, WhyNot):
+            return value
+        bias = None if value.bias is None else value.bias * self.scale
+        return Linear(None if value.weight is None else value.weight * self.scale, bias)
+
+
+@register("mul")
+@dataclass(frozen=True, slots=True)
+class Mul:
+    """h' = h * value, entering as the change h * (value - 1)."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        return h * back(value - 1.0, h)
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        value = form.constant()
+        if isinstance(value, WhyNot):
+            return value
+        gain = value - 1.0
+        if base.weight is None:
+            return WhyNot("there is no weight here to rescale")
+        if port == "out":
+            weight = base.weight * (gain[:, None] if base.weight.dim() == 2 else gain)
+            return Linear(weight, None if base.bias is None else base.bias * gain)
+        if port == "in":
+            return Linear(base.weight * gain[None, :], None)
+        return Linear(base.weight * gain, None)
+
+
+@register("concat")
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """The value is a tuple of blocks put in front of the sequence or the memory."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        return value
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        return WhyNot("tokens put in front of the sequence are not a change of any weight")
+
+
+@register("replace")
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """The value takes the place of the output (a head's logits)."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        return value
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        return WhyNot("a head is new output, not a change of a base weight; keep it as a module")

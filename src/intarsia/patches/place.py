@@ -1,0 +1,61 @@
+"""What a form may know while it is built for one site: `Place`.  No live model, only shapes, values and a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.sites.address import Site
+
+T = TypeVar("T", bound=nn.Module)
+
+
+@dataclass
+class Place:
+    """The surroundings of one patch at one site, handed to `FormSpec.build`.
+
+    Attributes:
+        site: where; `site.features` is the width of the tensor there.
+        reads: width of the tensor the patch reads (equals `site.features` unless it reads the input of a projection).
+        width: hidden size of the model (`d`).
+        generator: CPU generator, seeded per module and site, so that initial values do not depend on other modules.
+        weight: the base's parameter at this site as (out, in) or a vector, cut to the site's view; None if it has none.
+        embedding: the base's word-embedding matrix [V, d_embed], None if the model has none.
+        bidirectional: the stack is an encoder whose first position is pooled (no decoder behind it).
+        shared: tied parts of the module being built: `tied` returns the same object for the same key.
+        dtype: dtype of new parameters.
+        device: where the touched module lives.
+    """
+
+    site: Site
+    reads: int
+    width: int
+    generator: torch.Generator
+    weight: Callable[[], Tensor | None] = lambda: None
+    embedding: Callable[[], Tensor | None] = lambda: None
+    bidirectional: bool = False
+    shared: dict[Hashable, nn.Module] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    def tied(self, key: Hashable, build: Callable[[], T]) -> T:
+        """Return the part stored under `key`, building it at the first call of this module."""
+        if key not in self.shared:
+            self.shared[key] = build()
+        return self.shared[key]  # type: ignore[return-value]
+
+    def parameter(self, *shape: int, fill: Callable[[Tensor, torch.Generator], None] | float = 0.0) -> nn.Parameter:
+        """A new fp parameter of `shape`, filled on the CPU from the place's generator (same values on any device)."""
+        if self.device.type == "meta":
+            return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device="meta"))
+        value = torch.empty(*shape, dtype=torch.float32)
+        if callable(fill):
+            with torch.no_grad():
+                fill(value, self.generator)
+        else:
+            value.fill_(fill)
+        return nn.Parameter(value.to(self.device, self.dtype))
