@@ -14,7 +14,7 @@ else: an unknown type or field, a missing field, a value of another type is a `S
     decode({"type": "low-rank", "rank": "eight"})          SpecError: $.rank: expected int, found str 'eight'
 
 Fields may be `int`, `float`, `bool`, `str`, `None`, `Literal`, `tuple`, `Mapping[str, ...]`, unions of those, registered
-dataclasses or a base class of registered dataclasses, and `object` for a plain value (see `plain`).
+dataclasses, a base class or runtime-checkable Protocol of registered dataclasses, and `object` for a plain value (see `plain`).
 
 **A field equal to its default is left out.**  So a field added later, with a default, changes neither the encoding nor the
 digest of what exists.  The price: a default belongs to the format; to change one, register the class under a new name.
@@ -349,7 +349,8 @@ class _Walk:
         if not _is_class(hint):
             raise SpecError(
                 f"a field annotated {hint!r} cannot be stored: use int, float, bool, str, None, Literal, tuple[...], "
-                "Mapping[str, ...], object for plain values, a registered dataclass or a union of these"
+                "Mapping[str, ...], object for plain values, a registered dataclass, a base class or runtime-checkable Protocol "
+                "of registered dataclasses, or a union of these"
             )
         return isinstance(value, dict) if self.back else isinstance(value, hint)
 
@@ -400,7 +401,13 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _is_class(hint: Any) -> bool:
     """Whether a hint is a class of specifications (registered, or a base of registered ones)."""
     scalar = (bool, int, float, str, type(None), object, bytes, list, tuple, dict, set, frozenset)
-    return isinstance(hint, type) and typing.get_origin(hint) is None and hint not in scalar
+    if not isinstance(hint, type) or typing.get_origin(hint) is not None or hint in scalar:
+        return False
+    try:
+        issubclass(_Walk, hint)
+    except TypeError:  # a Protocol that is not runtime-checkable, or has more than methods
+        return False
+    return True
 
 
 def _float(value: float, path: str) -> float:

@@ -1,1 +1,29 @@
+"""A module as a value and as a file: `Module`, `Card`, `save`, `load`."""
 
+from intarsia.modules.atomic import sweep_temporary, write_atomic
+from intarsia.modules.card import NOT_EVALUATED, Card, Cost, DataSource, Metric
+from intarsia.modules.file import Header, check_finite, dumps, load, loads, read_header, save
+from intarsia.modules.module import DTYPES, Module, Owned
+from intarsia.modules.names import check_name, quoted
+
+__all__ = [
+    "DTYPES",
+    "NOT_EVALUATED",
+    "Card",
+    "Cost",
+    "DataSource",
+    "Header",
+    "Metric",
+    "Module",
+    "Owned",
+    "check_finite",
+    "check_name",
+    "dumps",
+    "load",
+    "loads",
+    "quoted",
+    "read_header",
+    "save",
+    "sweep_temporary",
+    "write_atomic",
+]
