@@ -252,3 +252,8 @@ class SiteMap(Mapping[str, Site]):
                 f"(list them with: intarsia inspect MODEL --sites)"
             )
         return Selection(hits, pattern, self.model)
+
+    def parameters(self) -> Selection:
+        """The weight sites that cover every Parameter object of the model exactly once (fused ones as a whole)."""
+        whole = [site for site in self._sites.values() if site.port == "weight" and site.view is None]
+        return Selection(whole, "every parameter", self.model)
