@@ -208,13 +208,20 @@ def check_language(tag: str) -> None:
 
 
 def _front_matter(card: Card) -> str:
-    """YAML block, every string quoted the JSON way, so that `no` stays Norwegian."""
-    entries: list[tuple[str, object]] = [
+    """YAML block, every string quoted, so that `no` stays Norwegian."""
+    entries: list[tuple[str, str | list[str]]] = [
         ("library_name", "intarsia"), ("language", list(card.languages)), ("license", card.licence), ("base_model", card.base),
         ("datasets", [d.name for d in card.data]), ("tags", ["intarsia", *([card.method] if card.method else [])]),
     ]
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=True)}" for key, value in entries if value]
+    lines = [
+        f"{key}: {_yaml(value)}" if isinstance(value, str) else f"{key}: [{', '.join(map(_yaml, value))}]" for key, value in entries if value
+    ]
     return "\n".join(["---", *lines, "---"])
+
+
+def _yaml(text: str) -> str:
+    """A double-quoted YAML string; JSON's would not do, as YAML has no surrogate pairs."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
 
 
 def _interval(metric: Metric) -> str:

@@ -50,7 +50,7 @@ class Header:
     """What a module file says of itself, without its tensors.
 
     Attributes:
-        specification: the method as plain values; `method` decodes it, which fails if it names what is not installed.
+        specification: the method as JSON; `method` decodes it, which fails if it names what is not installed.
         tensors: dtype, shape and place of each tensor.
         size: bytes of the file.
     """
@@ -209,13 +209,15 @@ def _header(layout: Layout) -> Header:
         raise ModuleError(f"header: {' and '.join(parts)} in the metadata")
     _verify_checksum(layout)
     value = {key: parse_json(meta[key], key) for key in ("method", "base", "labels", "roles", "requires", "context", "card")}
+    if not isinstance(value["method"], dict):
+        raise ModuleError("header: the method is not a JSON object")
     try:
         base = Fingerprint.from_dict(value["base"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModuleError(f"header: the base's fingerprint cannot be read: {error}") from error
     return Header(
         name=meta["name"],
-        specification=decode(value["method"], Mapping[str, object], "$.method"),
+        specification=value["method"],
         base=base,
         labels=decode(value["labels"], tuple[str, ...] | None, "$.labels"),
         roles=decode(value["roles"], Mapping[str, str], "$.roles"),

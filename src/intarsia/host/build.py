@@ -1,0 +1,158 @@
+"""From a method and a model's sites to deltas: pure, so that every refusal comes before anything is attached.
+
+    select(at, port, layers) -> sites -> one Delta per site
+
+Each (module seed, site, patch) has its own random stream, so initial values depend neither on order nor on other modules
+nor on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.errors import SiteError, SpecError
+from intarsia.host.socket import cut
+from intarsia.methods import Method, Patch
+from intarsia.patches import Delta, Place
+from intarsia.sites.address import Site, SiteMap
+
+
+@dataclass
+class Built:
+    """The deltas of one module, by site in model order, and the parts they share.
+
+    Attributes:
+        deltas: (site, its deltas in patch order).
+        shared: tied parts by the tag under which their tensors are stored.
+    """
+
+    deltas: list[tuple[Site, list[Delta]]]
+    shared: dict[str, nn.Module]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor (parameters and stored buffers) by its name in a module file."""
+        shared = {id(part): tag for tag, part in self.shared.items()}
+        found: dict[str, Tensor] = {}
+        for site, deltas in self.deltas:
+            for delta in deltas:
+                _collect(delta.form, f"{site.name}/{delta.name}.", shared, found)
+        return found
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable ones among `tensors`."""
+        return {k: t for k, t in self.tensors().items() if isinstance(t, nn.Parameter)}
+
+
+def _collect(module: nn.Module, prefix: str, shared: dict[int, str], found: dict[str, Tensor]) -> None:
+    """Tensors of a module tree; a shared part is stored once, under its tag."""
+    if id(module) in shared:
+        prefix = f"tied/{shared[id(module)]}."
+    for name, value in (*module._parameters.items(), *module._buffers.items()):
+        if value is not None and name not in module._non_persistent_buffers_set:
+            found[prefix + name] = value
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{prefix}{name}.", shared, found)
+
+
+def seed_of(seed: int, *words: str) -> int:
+    """A 63-bit seed from a module's seed and names, the same on every platform."""
+    text = "\0".join((str(seed), *words))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def select(sites: SiteMap, patch: Patch) -> Sequence[Site]:
+    """The sites of a patch.  A fused parameter that is selected whole is not selected again in parts."""
+    try:
+        chosen = list(sites.select(patch.at, layers=patch.layers, port=patch.port))
+    except SiteError:
+        if patch.optional:
+            return ()
+        raise
+    if patch.port != "weight":
+        return chosen
+    whole = {owner for site in chosen if site.view is None for owner in site.owners}
+    return [s for s in chosen if s.view is None or not whole.intersection(s.owners)]
+
+
+def build(
+    method: Method,
+    sites: SiteMap,
+    module_at: Callable[[str], nn.Module],
+    *,
+    width: int,
+    embedding: Callable[[], Tensor | None],
+    bidirectional: bool,
+    seed: int = 0,
+    meta: bool = False,
+) -> Built:
+    """All deltas of a method.
+
+    Args:
+        module_at: module of a path.
+        width: hidden size.
+        embedding: the word-embedding matrix, asked for only when a form needs it.
+        bidirectional: an encoder without a decoder.
+        seed: of the initial values.
+        meta: build on the meta device, to count.
+    """
+    shared: dict[Hashable, nn.Module] = {}
+    by_site: dict[str, tuple[Site, list[Delta]]] = {}
+    for patch in method.patches:
+        for site in select(sites, patch):
+            module = module_at(site.path)
+            place = Place(
+                site=site,
+                reads=reads_width(site, module),
+                width=width,
+                generator=torch.Generator().manual_seed(seed_of(seed, site.name, patch.name)),
+                weight=lambda site=site: weight_of(site, module_at),  # type: ignore[misc]
+                embedding=embedding,
+                bidirectional=bidirectional,
+                shared=shared,
+                device=torch.device("meta") if meta else device_of(module),
+            )
+            delta = Delta(patch.name, site, patch.form.build(place), patch.op)
+            by_site.setdefault(site.name, (site, []))[1].append(delta)
+    tags: dict[str, nn.Module] = {}
+    for key, part in shared.items():
+        words = [str(w) for w in (key if isinstance(key, tuple) else (key,)) if str(w)]
+        tag = ".".join(words)
+        if tag in tags:
+            raise SpecError(f"two tied parts share the tag {tag!r}")
+        tags[tag] = part
+    return Built(list(by_site.values()), tags)
+
+
+def reads_width(site: Site, module: nn.Module) -> int:
+    """Width of what the touched module is given."""
+    if site.port == "out" and isinstance(getattr(module, "in_features", None), int):
+        return int(module.in_features)  # type: ignore[arg-type]
+    weight = getattr(module, "weight", None)
+    if site.port == "out" and type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return int(weight.shape[0])
+    return site.features
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first tensor lives."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def weight_of(site: Site, module_at: Callable[[str], nn.Module]) -> Tensor | None:
+    """The base's parameter at a site as (out, in), cut to the view; a vector stays a vector."""
+    module = module_at(site.path)
+    value = module._parameters.get(site.param or "weight")
+    if value is None:
+        return None
+    value = value.detach()
+    if value.dim() == 2 and (site.transposed or type(module).__name__ == "Conv1D"):
+        value = value.t()
+    return value if site.view is None else cut(value, site, dim=0)

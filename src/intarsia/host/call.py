@@ -1,0 +1,103 @@
+"""What is active, and for how long: `Call` travels in a `ContextVar`, `State` is what all sockets of one host share.
+
+A call holds one expression, or several with a number per row that says which.  Nothing here is stored on layers.
+Dynamo cannot trace a ContextVar, so a compiled model runs the state's resting call (see `Host.compile`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.compose import Expr, names
+from intarsia.errors import CompositionError
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The expressions of one forward pass.
+
+    Attributes:
+        exprs: distinct expressions.
+        rows: for each row of the batch the index of its expression; None if all rows run `exprs[0]`.
+        head: name of the module whose head answers, None if the expression leaves no choice.
+        context: anything forms may ask for (task ids, language codes ...).
+    """
+
+    exprs: tuple[Expr, ...]
+    rows: tuple[int, ...] | None = None
+    head: str | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        exprs: tuple[Expr, ...],
+        rows: tuple[int, ...] | None = None,
+        head: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Call:
+        return cls(exprs, rows, head, dict(context or {}), frozenset().union(*(names(e) for e in exprs)))
+
+    def index(self, size: int, device: torch.device) -> Tensor:
+        """Expression number for each of `size` rows, [size].
+
+        Beam search and repeated sampling repeat every row in place, and some layers flatten [B, T]: both are multiples.
+        """
+        assert self.rows is not None
+        count = len(self.rows)
+        if size % count:
+            raise CompositionError(
+                f"the call names expressions for {count} rows, but a batch of {size} rows came; give one per row"
+            )
+        return torch.tensor(self.rows, device=device).repeat_interleave(size // count)
+
+
+class State:
+    """Shared by the sockets of one host: the resting call, and what a running forward has noted per thread."""
+
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
+        self.rest: Call | None = None
+        self.masks: dict[int, Tensor | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "masks": {}}
+
+    def current(self) -> Call | None:
+        """The call of this thread's `using`, or the resting one."""
+        if not torch.compiler.is_compiling():
+            call = CALLS.get().get(self)
+            if call is not None:
+                return call
+        return self.rest
+
+
+CALLS: ContextVar[Mapping[State, Call]] = ContextVar("intarsia_calls", default={})  # noqa: B039 (never mutated)
+
+
+def thread() -> int:
+    """Key of this thread; constant while compiling, where there is one thread."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Child(nn.Module):
+    """Base of everything that a host puts into a model.
+
+    A child is an ordinary submodule *and* the owner, as bound methods, of its host module's hooks: so deepcopy, pickle,
+    `.to()`, DDP and FSDP see a submodule, and copies never share modules with their original.
+    References to other parts of the model are kept out of `_modules`, or they would be registered twice.
+    """
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.__dict__["state"] = state
+
+    state: State

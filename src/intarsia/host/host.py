@@ -1,0 +1,570 @@
+"""`Host`: a base model with modules laid into it.
+
+    host = Host(model)
+    host.add("ner", lora(rank=8))               a new module, trainable
+    host.insert(load("swh.safetensors"))        a stored one, frozen
+    with host.using("swh >> ner") as m:         what is active travels with the call
+        m(**batch)
+    host.extract("ner")                         the module as a value
+    host.close()                                the model as it was, bit by bit
+
+The base is frozen while a host is open; `close` restores its flags, hooks, configuration and checkpoint functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from intarsia.compose import Expr, Seq, expr
+from intarsia.compose.legality import Traits, check
+from intarsia.errors import CompositionError, ModuleError, SiteError, SpecError, listing
+from intarsia.host import attention
+from intarsia.host.attention import MemorySocket
+from intarsia.host.build import Built, build
+from intarsia.host.call import CALLS, Call, Child, State
+from intarsia.host.output import Root
+from intarsia.host.sequence import DecoderMask, SequenceSocket
+from intarsia.host.socket import Slot, Socket, Tap
+from intarsia.host.weights import WeightSocket, slot_key
+from intarsia.methods import Method
+from intarsia.modules import Card, Module, check_name
+from intarsia.patches import Attend, Delta, Tokens
+from intarsia.sites import Anatomy, Fingerprint, SiteMap, fingerprint, resolve
+from intarsia.sites.address import Site
+
+Expression = Expr | str
+
+
+@dataclass
+class Entry:
+    """What a host knows of a module it carries, besides the deltas in the sockets."""
+
+    method: Method
+    built: Built
+    labels: tuple[str, ...] | None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
+    context: Mapping[str, Any] = field(default_factory=dict)
+    card: Card | None = None
+
+
+class Host:
+    """Modules on a frozen model.
+
+    Args:
+        model: any transformers model; it is frozen, never changed.
+        anatomy: the roles of its parts, for an architecture that is neither known nor inferable.
+        tokenizer: if given, it is part of the base's fingerprint.
+        base_name: name of the base for cards and messages.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        anatomy: Anatomy | None = None,
+        tokenizer: Any = None,
+        base_name: str = "",
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise SiteError(f"Host needs a transformers model, found {type(model).__name__}")
+        self.sites: SiteMap = resolve(model, anatomy=anatomy)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.base_name = base_name or str(getattr(model.config, "_name_or_path", "") or "")
+        self._entries: dict[str, Entry] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._children: list[tuple[nn.Module, str]] = []
+        self._fingerprint: Fingerprint | None = None
+        self._lock = threading.RLock()
+        self._numbers = 0
+        others = [m for m in model.children() if isinstance(m, Root)]
+        self._state = State(max((o.state.tag for o in others), default=0) + 1)
+        # flags as they were before the first host; the last one to close restores them
+        self._flags: dict[str, bool] = next(
+            (o.__dict__["flags"] for o in others), {n: p.requires_grad for n, p in model.named_parameters()}
+        )
+        self._implementation: str | None = None
+        for parameter in model.parameters():
+            if not others:
+                parameter.requires_grad_(False)
+        self._root = self._attach_root()
+
+    # -- what is here ------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules on this host."""
+        return tuple(self._entries)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the base (computed once)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model, self.tokenizer)
+        return self._fingerprint
+
+    def method(self, name: str) -> Method:
+        """The method of a module."""
+        return self._entry(name).method
+
+    def labels(self, name: str) -> tuple[str, ...] | None:
+        """Label names of a module's head, None if it has none."""
+        return self._entry(name).labels
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A module's live tensors by their names in its file."""
+        return self._entry(name).built.tensors()
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """A module's live parameters by their names in its file."""
+        return self._entry(name).built.parameters()
+
+    def deltas(self, name: str) -> list[tuple[Site, list[Delta]]]:
+        """A module's deltas by site."""
+        return self._entry(name).built.deltas
+
+    def tagged(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
+        """A module's parameters by the tag of their patch (`""` for the main group): for learning-rate groups."""
+        tags = {p.name: p.tag for p in self.method(name).patches}
+        groups: dict[str, dict[str, nn.Parameter]] = {}
+        for key, parameter in self.parameters(name).items():
+            patch = key.split("/", 1)[1].split(".", 1)[0]
+            groups.setdefault(tags.get(patch, ""), {})[key] = parameter
+        return groups
+
+    def count(self, method: Method) -> int:
+        """Exact number of trainable parameters of a method on this model, built on the meta device."""
+        return sum(p.numel() for p in {id(p): p for p in self._build(method, 0, meta=True).parameters().values()}.values())
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            check(expr_of(name), self._traits())
+        return self._entries[name]
+
+    def _traits(self) -> dict[str, Traits]:
+        return {name: _traits(entry) for name, entry in self._entries.items()}
+
+    # -- adding and removing -----------------------------------------------------------------------------------------
+
+    def _build(self, method: Method, seed: int, meta: bool = False) -> Built:
+        config = self.model.config.get_text_config()
+        width = getattr(config, "hidden_size", None) or config.d_model
+
+        def rows() -> Tensor | None:
+            module = self._root.embedding
+            return None if module is None else module.weight  # type: ignore[return-value]
+
+        return build(
+            method,
+            self.sites,
+            self.model.get_submodule,
+            width=int(width),
+            embedding=rows,
+            bidirectional=not self.model.config.is_encoder_decoder and not self.model.can_generate() and not _causal(self.model),
+            seed=seed,
+            meta=meta,
+        )
+
+    def add(self, name: str, method: Method, *, seed: int = 0, roles: Mapping[str, str] | None = None) -> Host:
+        """A new module of a method, trainable.  Validated before anything is attached."""
+        self._check_new(name)
+        built = self._build(method, seed)
+        head = method.head
+        entry = Entry(method, built, getattr(head, "labels", None), dict(roles or {}))
+        self._attach(name, entry)
+        return self
+
+    def insert(self, module: Module, *, name: str | None = None, force_base: bool = False) -> Host:
+        """A stored module, frozen.
+
+        Raises:
+            ModuleError: it belongs to another base (the field that differs is named), or its tensors are not those its
+                method has on this model (missing, extra and misshapen ones are counted and named).
+        """
+        name = name or module.name
+        self._check_new(name)
+        difference = module.base.difference(self.fingerprint)
+        if difference and not force_base:
+            raise ModuleError(
+                f"module {module.name!r} belongs to another base: {difference}. Use the base it was trained on, or "
+                "force_base=True (--force-base) if you know that the weights are close enough"
+            )
+        built = self._build(module.method, 0)
+        fill(built, module)
+        entry = Entry(
+            module.method, built, module.labels, module.roles, module.requires, module.context, module.card
+        )
+        self._attach(name, entry)
+        for parameter in built.parameters().values():
+            parameter.requires_grad_(False)
+        return self
+
+    def _check_new(self, name: str) -> None:
+        check_name(name)
+        if name in self._entries:
+            raise ModuleError(f"a module {name!r} is already on this host; remove it first or take another name")
+
+    def remove(self, name: str) -> Host:
+        """Take a module off this host; the others stay."""
+        self._entry(name)
+        if self._state.rest is not None and name in self._state.rest.names:
+            raise CompositionError(f"module {name!r} is part of the resting expression; host.rest(None) first")
+        del self._entries[name]
+        for host, key in self._children:
+            child = host._modules[key]
+            slots = child.slots.values() if isinstance(child, Socket | WeightSocket) else [getattr(child, "slot", None)]
+            for slot in slots:
+                if isinstance(slot, Slot):
+                    slot.take(name)
+            if isinstance(child, Socket | WeightSocket):
+                child.refresh()
+        return self
+
+    def extract(self, name: str, *, flatten: bool = False) -> Module:
+        """The module as a value.
+
+        Args:
+            flatten: give reparametrised parts in their plain form (equal outputs, fewer tensors).
+        """
+        entry = self._entry(name)
+        method, tensors = entry.method, entry.built.tensors()
+        if flatten:
+            method, tensors = flattened(entry)
+        return Module(
+            name=name,
+            method=method,
+            tensors={k: whole(t) for k, t in tensors.items()},
+            base=self.fingerprint,
+            labels=entry.labels,
+            roles=dict(entry.roles),
+            requires=entry.requires,
+            context=dict(entry.context),
+            card=entry.card or Card(base=self.base_name, method=method.name),
+        )
+
+    def trainable(self, *names: str) -> Host:
+        """Make exactly these modules trainable."""
+        for name in names:
+            self._entry(name)
+        for name, entry in self._entries.items():
+            for parameter in entry.built.parameters().values():
+                parameter.requires_grad_(name in names)
+        return self
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    def _child(self, host: nn.Module, key: str, child: Child) -> Any:
+        key = f"intarsia{self._state.tag}_{key}"
+        child.train(host.training)
+        host.add_module(key, child)
+        self._children.append((host, key))
+        return child
+
+    def _find(self, host: nn.Module, key: str) -> Any:
+        return host._modules.get(f"intarsia{self._state.tag}_{key}")
+
+    def _attach_root(self) -> Root:
+        model = self.model
+        site = self.sites["logits"]
+        decoder = bool(model.config.is_encoder_decoder)
+        try:
+            embedding = model.get_input_embeddings()
+        except (NotImplementedError, AttributeError):
+            embedding = None
+        if embedding is not None and not isinstance(getattr(embedding, "weight", None), Tensor):
+            embedding = None
+        root = self._child(model, "root", Root(self._state, site, embedding, decoder))
+        root.__dict__["flags"] = self._flags
+        root.__dict__["checkpointed"] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._hooks.append(model.register_forward_pre_hook(root.before, with_kwargs=True))
+        stack = model.get_decoder() if decoder else model.base_model
+        if stack is not None and stack is not model:
+            self._hooks.append(stack.register_forward_hook(root.note))
+        self._hooks.append(model.register_forward_hook(root.after, always_call=True))
+        return root
+
+    def _attach(self, name: str, entry: Entry) -> None:
+        """Put a module's deltas into sockets; nothing here can be refused any more except by the model's attention."""
+        sites = [site for site, _ in entry.built.deltas]
+        if any(site.port == "mem" for site in sites):
+            self._route_attention()
+        self._entries[name] = entry
+        for site, deltas in entry.built.deltas:
+            slot = self._slot(site)
+            for delta in deltas:
+                delta.train(self.model.training)
+            slot.put(name, deltas)
+        for host, key in self._children:
+            child = host._modules[key]
+            if isinstance(child, Socket | WeightSocket):
+                child.refresh()
+
+    def _slot(self, site: Site) -> Slot:
+        module = self.model.get_submodule(site.path)
+        if site.port == "weight":
+            return self._weight_slot(site)
+        if site.port == "mem":
+            found = self._find(module, "mem")
+            return (found or self._child(module, "mem", MemorySocket(self._state, site))).slot
+        if site.port == "seq":
+            return self._sequence_slot(site, module)
+        if site.port == "logits":
+            return self._root.slot
+        socket = self._find(module, site.port)
+        if socket is None:
+            socket = self._child(module, site.port, Socket(self._state))
+            self._numbers += 1
+            socket.__dict__["number"] = self._numbers
+            if site.port == "out":
+                self._hooks.append(module.register_forward_hook(socket.after, with_kwargs=True))
+            else:
+                self._hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True))
+        for what, path in (("residual", site.residual), ("reads", site.reads)):
+            if path is not None and what not in socket.taps:
+                socket.taps[what] = self._tap(path, socket)
+        if site.norm is not None:
+            socket.__dict__["norm"] = self.model.get_submodule(site.norm)
+        return socket.slot(site)
+
+    def _tap(self, path: str, socket: Socket) -> Tap:
+        module = self.model.get_submodule(path)
+        tap = self._find(module, "tap")
+        if tap is None:
+            tap = self._child(module, "tap", Tap(self._state))
+            self._hooks.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
+        tap.consumers[socket.number] = socket
+        return tap
+
+    def _weight_slot(self, site: Site) -> Slot:
+        key, slot = slot_key(site), None
+        for path, param in site.owners or ((site.path, site.param or "weight"),):
+            owner = self.model.get_submodule(path)
+            host = self.model.get_submodule(site.lend_at) if site.lend_at is not None else owner
+            socket = self._find(host, "weight")
+            if socket is None:
+                socket = self._child(host, "weight", WeightSocket(self._state))
+                self._hooks.append(host.register_forward_pre_hook(socket.before, with_kwargs=True))
+                self._hooks.append(host.register_forward_hook(socket.after, with_kwargs=True, always_call=True))
+            if key in socket.slots:
+                slot = socket.slots[key]
+            else:
+                slot = slot or Slot(site)
+                socket.adopt(slot, key, owner, param)
+        assert slot is not None
+        return slot
+
+    def _sequence_slot(self, site: Site, module: nn.Module) -> Slot:
+        socket = self._find(module, "seq")
+        if socket is None:
+            two_stacks = bool(self.model.config.is_encoder_decoder)
+            socket = self._child(module, "seq", SequenceSocket(self._state, site, keep=two_stacks))
+            self._hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True, prepend=True))
+            # before any hook that reads the stack's output
+            self._hooks.append(module.register_forward_hook(socket.after, prepend=True))
+            if two_stacks:
+                decoder = self.model.get_decoder()
+                mask = self._child(decoder, "mask", DecoderMask(self._state, socket.names))
+                self._hooks.append(decoder.register_forward_pre_hook(mask.before, with_kwargs=True))
+        return socket.slot
+
+    def _route_attention(self) -> None:
+        """Let this model's attention run through ours."""
+        current = self.model.config._attn_implementation
+        if current.startswith(attention.PREFIX):
+            return
+        if current not in attention.BASES:
+            raise SiteError(
+                f"prefixes need attn_implementation 'sdpa' or 'eager', {type(self.model).__name__} runs {current!r}; "
+                "call model.set_attn_implementation('sdpa') first"
+            )
+        self.model.set_attn_implementation(attention.PREFIX + current)
+        if self.model.config._attn_implementation != attention.PREFIX + current:
+            raise SiteError(
+                f"{type(self.model).__name__} does not let its attention be replaced, so prefixes cannot reach it; "
+                "use a method of another kind (lora, pfeiffer, prompt ...)"
+            )
+        self._implementation = current
+
+    # -- calling -----------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        expression: Expression | None | Sequence[Expression],
+        *,
+        head: str | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Call:
+        """A checked call: one expression, or a sequence with one per row of the batch."""
+        known = self._traits()
+        if expression is None or isinstance(expression, Expr | str):
+            one = expr_of(expression)
+            check(one, known, head)
+            return Call.of((one,), None, head, context)
+        if not expression:
+            raise CompositionError("per-row expressions: the sequence is empty")
+        given = [expr_of(e) for e in expression]
+        distinct = list(dict.fromkeys(given))
+        for e in distinct:
+            check(e, known, head)
+        return Call.of(tuple(distinct), tuple(distinct.index(e) for e in given), head, context)
+
+    @contextlib.contextmanager
+    def using(
+        self, expression: Expression | None | Sequence[Expression], *, head: str | None = None, **context: Any
+    ) -> Iterator[PreTrainedModel]:
+        """Run the model with an expression: in this block and this thread only.
+
+        Args:
+            expression: an expression or its text; None or `"base"` for the bare base; a sequence gives one per row.
+            head: name of the module whose head answers, where an expression has several.
+            context: anything forms may ask for.
+        """
+        call = self.call(expression, head=head, context=context)
+        token = CALLS.set({**CALLS.get(), self._state: call})
+        try:
+            yield self.model
+        finally:
+            CALLS.reset(token)
+
+    def rest(self, expression: Expression | None | Sequence[Expression], *, head: str | None = None) -> Host:
+        """The expression that is active where no `using` says otherwise; None for the bare base."""
+        self._state.rest = None if expression is None else self.call(expression, head=head)
+        return self
+
+    def compile(self, **options: Any) -> Callable[..., Any]:
+        """A compiled forward: `run(expression, **inputs)`.
+
+        A compiled graph cannot read a ContextVar, so the expression is put to rest for the duration of the call, under
+        a lock.  Each distinct expression is compiled once.
+        """
+        compiled = torch.compile(self.model, **options)
+
+        def run(expression: Expression | None, *args: Any, **kwargs: Any) -> Any:
+            call = self.call(expression)
+            with self._lock:
+                before, self._state.rest = self._state.rest, call
+                try:
+                    return compiled(*args, **kwargs)
+                finally:
+                    self._state.rest = before
+
+        return run
+
+    # -- leaving -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> PreTrainedModel:
+        """Remove everything this host put into the model and give the model back as it was."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+        self._root.unpin()
+        for host, key in reversed(self._children):
+            del host._modules[key]
+        self._children.clear()
+        self._entries.clear()
+        self._state.rest = None
+        if self._implementation is not None and not any(isinstance(m, MemorySocket) for m in self.model.modules()):
+            self.model.set_attn_implementation(self._implementation)
+        if not any(isinstance(m, Root) for m in self.model.children()):
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        return self.model
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Host({type(self.model).__name__}, modules: {listing(self.names) or 'none'})"
+
+
+def expr_of(value: Expression | None) -> Expr:
+    """An expression; None is the base."""
+    return Seq(()) if value is None else expr(value)
+
+
+def _causal(model: PreTrainedModel) -> bool:
+    """Whether the model's attention looks back only (a decoder without its head cannot `generate`)."""
+    return any(getattr(m, "is_causal", False) for m in model.modules())
+
+
+def _traits(entry: Entry) -> Traits:
+    blocks: dict[str, int] = {}
+    for site, deltas in entry.built.deltas:
+        for delta in deltas:
+            spec = next(p.form for p in entry.method.patches if p.name == delta.name)
+            if isinstance(spec, Attend | Tokens):
+                blocks[site.name] = blocks.get(site.name, 0) + spec.length
+    return Traits(entry.labels if entry.method.head is not None else None, blocks)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU; of a sharded tensor all of it (every rank must call)."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu().clone()
+
+
+def flattened(entry: Entry) -> tuple[Method, dict[str, Tensor]]:
+    """Method and tensors with every exportable form in its plain form."""
+    specs: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    keep = entry.built.tensors()
+    for site, deltas in entry.built.deltas:
+        for delta in deltas:
+            exported = delta.form.export()
+            prefix = f"{site.name}/{delta.name}."
+            if exported is None:
+                tensors.update({k: t for k, t in keep.items() if k.startswith(prefix)})
+                continue
+            spec, plain = exported
+            if specs.setdefault(delta.name, spec) != spec:
+                raise SpecError(f"patch {delta.name!r} exports to different forms at different sites")
+            tensors.update({prefix + k: t for k, t in plain.items()})
+    used = any(n not in specs for n in {d.name for _, ds in entry.built.deltas for d in ds})
+    if used and not specs:
+        return entry.method, keep
+    patches = tuple(replace(p, form=specs.get(p.name, p.form)) for p in entry.method.patches)
+    # parts tied to forms that stayed as they are
+    rebuilt = replace(entry.method, patches=patches)
+    tied = {k: t for k, t in keep.items() if k.startswith("tied/")} if not specs else {}
+    return rebuilt, {**tensors, **tied}
+
+
+def fill(built: Built, module: Module) -> None:
+    """Copy a module's tensors into freshly built deltas, strictly.
+
+    Raises:
+        ModuleError: counts and first names of what is missing, extra or of another shape.
+    """
+    wanted = built.tensors()
+    problems = []
+    for what, keys in (
+        ("missing", [k for k in wanted if k not in module.tensors]),
+        ("unexpected", [k for k in module.tensors if k not in wanted]),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {what} ({listing(keys, 5)})")
+    shapes = [
+        f"{k}: {tuple(module.tensors[k].shape)} in the file, {tuple(t.shape)} on this model"
+        for k, t in wanted.items()
+        if k in module.tensors and module.tensors[k].shape != t.shape
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape ({listing(shapes, 3)})")
+    if problems:
+        raise ModuleError(f"module {module.name!r} does not fit this model: {'; '.join(problems)}")
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(module.tensors[key])

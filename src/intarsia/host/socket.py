@@ -1,0 +1,216 @@
+"""`Socket`: where deltas meet an activation.  One child per touched module and port, with one slot per site.
+
+Order at a module: slots in the order they were first used; in a slot the expression decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.compose import LOGITS, TENSORS, Algebra
+from intarsia.host.call import Call, Child, State, thread
+from intarsia.host.seen import View
+from intarsia.patches import Delta
+from intarsia.sites.address import Site
+
+
+def key_of(name: str) -> str:
+    """A module or site name as a key for `nn.ModuleDict`: no dots, never the name of a method."""
+    return "m_" + "".join(c if c.isalnum() and c.isascii() else f"_{ord(c):x}_" for c in name)
+
+
+class Slot(nn.Module):
+    """The deltas of all modules at one site.  May be a child of several sockets (tied weights)."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.deltas = nn.ModuleDict()
+        self.names: set[str] = set()
+
+    def put(self, name: str, deltas: Sequence[Delta]) -> None:
+        """Add a module's deltas, behind those it has here already."""
+        key = key_of(name)
+        if key not in self.deltas:
+            self.deltas[key] = nn.ModuleList()
+        for delta in deltas:
+            self.deltas[key].append(delta)  # type: ignore[operator]
+        self.names.add(name)
+
+    def take(self, name: str) -> None:
+        """Remove a module's deltas."""
+        if name in self.names:
+            del self.deltas[key_of(name)]
+            self.names.discard(name)
+
+    def of(self, name: str) -> Sequence[Delta]:
+        """A module's deltas here, in patch order."""
+        return self.deltas[key_of(name)] if name in self.names else ()  # type: ignore[return-value]
+
+
+class SlotAt:
+    """A slot during one forward: what `Expr.run` needs."""
+
+    __slots__ = ("algebra", "seen", "slot")
+
+    def __init__(self, slot: Slot, seen: View, algebra: Algebra = TENSORS) -> None:
+        self.slot = slot
+        self.seen = seen
+        self.algebra = algebra
+
+    def deltas(self, name: str) -> Sequence[Delta]:
+        if self.algebra is LOGITS and self.seen.call.head not in (None, name):
+            return ()
+        return self.slot.of(name)
+
+    def change(self, delta: Delta, h: Any) -> Any:
+        return delta(h, self.seen)
+
+
+class Tap(Child):
+    """Remembers a module's input until the sockets that asked for it have run (per thread, never copied)."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.__dict__["consumers"] = {}
+        self.__dict__["values"] = {}
+
+    consumers: dict[int, Socket]
+    values: dict[tuple[int, int], Tensor]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "values": {}}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        call = self.state.current()
+        if call is None:
+            return
+        for number, consumer in self.consumers.items():
+            if consumer.active(call):
+                self.values[thread(), number] = first_tensor(args, kwargs)[1]
+
+    def pop(self, consumer: int) -> Tensor | None:
+        return self.values.pop((thread(), consumer), None)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
+    """The hidden states a module was given, and their keyword (None if positional)."""
+    if args and isinstance(args[0], Tensor):
+        return None, args[0]
+    for key in ("hidden_states", "hidden_state", "input", "inputs", "x", "inputs_embeds"):
+        if isinstance(kwargs.get(key), Tensor):
+            return key, kwargs[key]
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return key, value
+    raise RuntimeError("a touched module was called without a tensor")
+
+
+class Socket(Child):
+    """Activation ports `out` and `in`."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.slots = nn.ModuleDict()
+        self.__dict__["names"] = set()
+        self.__dict__["taps"] = {}
+        self.__dict__["norm"] = None
+        self.__dict__["number"] = 0
+
+    names: set[str]
+    taps: dict[str, Tap]
+    norm: nn.Module | None
+    number: int
+
+    def slot(self, site: Site) -> Slot:
+        """The slot of a site, made if need be."""
+        key = key_of(site.name)
+        if key not in self.slots:
+            self.slots[key] = Slot(site)
+        return self.slots[key]  # type: ignore[return-value]
+
+    def refresh(self) -> None:
+        """Recompute which modules are present here."""
+        self.names.clear()
+        for slot in self.slots.values():
+            self.names.update(slot.names)  # type: ignore[arg-type]
+
+    def active(self, call: Call) -> bool:
+        """Whether the call concerns this socket."""
+        return not self.names.isdisjoint(call.names)
+
+    def _call(self) -> Call | None:
+        call = self.state.current()
+        return call if call is not None and self.active(call) else None
+
+    def _run(self, h: Tensor, call: Call, given: Tensor | None) -> Tensor:
+        surroundings = {what: tap.pop(self.number) for what, tap in self.taps.items()}
+        for slot in self.slots.values():
+            if slot.names.isdisjoint(call.names):  # type: ignore[union-attr, operator]
+                continue
+            site: Site = slot.site  # type: ignore[assignment]
+            seen = View(site, call, input=given, norm=self.norm, **surroundings)
+            part = h if site.view is None else cut(h, site)
+            value = run_rows(call, part, seen, slot)  # type: ignore[arg-type]
+            h = value if site.view is None else paste(h, value, site)
+        return h
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of port `out`."""
+        call = self._call()
+        if call is None:
+            return None
+        h = output[0] if isinstance(output, tuple) else output
+        given = args[0] if args and isinstance(args[0], Tensor) else first_tensor(args, kwargs)[1]
+        h = self._run(h, call, given)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of port `in`."""
+        call = self._call()
+        if call is None:
+            return None
+        key, h = first_tensor(args, kwargs)
+        h = self._run(h, call, h)
+        return ((h, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: h})
+
+
+def run_rows(call: Call, h: Tensor, seen: View, slot: Slot, algebra: Algebra = TENSORS) -> Tensor:
+    """The value of a site: each row as its own expression says.  Rows are the first dimension of `h`."""
+    if call.rows is None:
+        return call.exprs[0].run(h, SlotAt(slot, seen, algebra))
+    index = call.index(h.shape[0], h.device)
+    for number, expression in enumerate(call.exprs):
+        rows = (index == number).nonzero()[:, 0]
+        if len(rows):
+            part = h[rows]
+            value = expression.run(part, SlotAt(slot, seen.of_rows(rows), algebra))
+            if value is not part:
+                h = h.index_copy(0, rows, value.to(h.dtype))
+    return h
+
+
+def cut(h: Tensor, site: Site, dim: int = -1) -> Tensor:
+    """The part of a fused projection that belongs to a site."""
+    view = site.view
+    assert view is not None
+    grouped = h.unflatten(dim, (view.groups, -1))
+    axis = dim if dim < 0 else dim + 1
+    return grouped.narrow(axis, view.start, view.width).flatten(axis - 1, axis)
+
+
+def paste(h: Tensor, part: Tensor, site: Site, dim: int = -1) -> Tensor:
+    """`h` with a site's part replaced; `h` itself is left alone."""
+    view = site.view
+    assert view is not None
+    axis = dim if dim < 0 else dim + 1
+    grouped = h.unflatten(dim, (view.groups, -1))
+    middle = part.unflatten(dim, (view.groups, view.width))
+    tail = grouped.shape[axis] - view.start - view.width
+    pieces = [grouped.narrow(axis, 0, view.start), middle, grouped.narrow(axis, view.start + view.width, tail)]
+    return torch.cat(pieces, axis).flatten(axis - 1, axis)

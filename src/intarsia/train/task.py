@@ -1,0 +1,97 @@
+"""`Task`: what training, evaluation and prediction need to know of a task.  Implementations live in `intarsia.tasks`.
+
+A task turns table rows into features, features into batches, model outputs into a loss and into predictions, and
+predictions into metrics.  It never touches a model or decides what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from intarsia.patches import Head, LanguageModelHead
+
+Batch = dict[str, Any]
+Features = Mapping[str, Any]
+ModelHead = Literal["none", "causal-lm", "masked-lm", "seq2seq-lm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one row of a table.
+
+    Attributes:
+        row: index of the row in its table.
+        value: label name, number, list of label names (one per word), or text.
+        probabilities: label name -> probability, where that is meaningful.
+        scores: sufficient statistics of this row for its metrics (e.g. log-likelihood and token count).
+    """
+
+    row: int
+    value: Any
+    probabilities: Mapping[str, float] | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+class Rows(Protocol):
+    """A table of strings, as `intarsia.data.read` gives it."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class Task(Protocol):
+    """One kind of task, bound to its tokenizer, columns and labels.
+
+    Attributes:
+        name: `classify`, `regress`, `tag`, `mlm`, `clm`, `seq2seq`.
+        head: outputs that the module brings along; None where the base's own language-model head answers.
+        model_head: which kind of base model the task runs on.
+        metric: name of the metric that selects checkpoints; `higher_is_better` says which way.
+        keys: the batch entries that go into the model (`input_ids`, `attention_mask` ...); the rest stays with the task.
+    """
+
+    name: str
+    head: Head | LanguageModelHead | None
+    model_head: ModelHead
+    metric: str
+    higher_is_better: bool
+    keys: tuple[str, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that rebuild the task from a stored module (columns, lengths, text prefix, scheme ...)."""
+
+    def features(self, table: Rows) -> Sequence[Features]:
+        """Tokenised examples of all rows; a row may give several (windows), each carries `row`.
+
+        Nothing is dropped silently: truncation is counted in `self.counts`.
+        """
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Truncated rows, windows, unknown pieces ... of the last `features`."""
+
+    def collate(self, features: Sequence[Features]) -> Batch:
+        """A padded batch of tensors: the model's `keys`, `labels`, and `row` (list of table rows)."""
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of the losses of all terms, number of terms).
+
+        The trainer divides by the number of terms of the whole optimiser step (all micro-batches, all processes), so the
+        update does not depend on how the step is cut up.
+        """
+
+    def terms(self, batch: Batch) -> int:
+        """Number of loss terms in a batch, without a forward."""
+
+    def predict(self, outputs: Any, batch: Batch) -> list[Prediction]:
+        """Answers of the batch's features; windows of one row are joined by `finish`."""
+
+    def finish(self, predictions: Sequence[Prediction], table: Rows) -> list[Prediction]:
+        """One prediction per row of the table, in row order; raises DataError if a row has none."""
+
+    def score(self, predictions: Sequence[Prediction], table: Rows) -> dict[str, Any]:
+        """Metrics with bootstrap intervals: name -> Score(value, low, high, n) of `intarsia.tasks.metrics`."""
