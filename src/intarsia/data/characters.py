@@ -19,16 +19,26 @@ INVISIBLE = frozenset(
 _INVISIBLE = re.compile(f"[{''.join(sorted(INVISIBLE))}]")
 
 # scripts whose name in character names has more than one word
-_LONG_NAMES = tuple(
-    "BASSA VAH|CANADIAN SYLLABICS|CAUCASIAN ALBANIAN|CYPRO MINOAN|DIVES AKURU|GUNJALA GONDI|HANIFI ROHINGYA|IMPERIAL ARAMAIC|"
-    "INSCRIPTIONAL PAHLAVI|INSCRIPTIONAL PARTHIAN|KAYAH LI|LINEAR A|LINEAR B|MASARAM GONDI|MEETEI MAYEK|MENDE KIKAKUI|"
-    "NEW TAI LUE|NYIAKENG PUACHUE HMONG|OL CHIKI|OL ONAL|OLD HUNGARIAN|OLD ITALIC|OLD NORTH ARABIAN|OLD PERMIC|OLD PERSIAN|"
-    "OLD SOGDIAN|OLD SOUTH ARABIAN|OLD TURKIC|OLD UYGHUR|PAHAWH HMONG|PAU CIN HAU|PHAGS PA|PSALTER PAHLAVI|SORA SOMPENG|"
-    "SYLOTI NAGRI|TAI LE|TAI THAM|TAI VIET|WARANG CITI|ZANABAZAR SQUARE".split("|")
+_LONG_NAMES = (
+    "BASSA VAH", "CANADIAN SYLLABICS", "CAUCASIAN ALBANIAN", "CYPRO MINOAN", "DIVES AKURU", "GUNJALA GONDI",
+    "HANIFI ROHINGYA", "IMPERIAL ARAMAIC", "INSCRIPTIONAL PAHLAVI", "INSCRIPTIONAL PARTHIAN", "KAYAH LI",
+    "LINEAR A", "LINEAR B", "MASARAM GONDI", "MEETEI MAYEK", "MENDE KIKAKUI", "NEW TAI LUE",
+    "NYIAKENG PUACHUE HMONG", "OL CHIKI", "OL ONAL", "OLD HUNGARIAN", "OLD ITALIC", "OLD NORTH ARABIAN",
+    "OLD PERMIC", "OLD PERSIAN", "OLD SOGDIAN", "OLD SOUTH ARABIAN", "OLD TURKIC", "OLD UYGHUR", "PAHAWH HMONG",
+    "PAU CIN HAU", "PHAGS PA", "PSALTER PAHLAVI", "SORA SOMPENG", "SYLOTI NAGRI", "TAI LE", "TAI THAM", "TAI VIET",
+    "WARANG CITI", "ZANABAZAR SQUARE",
+)
+
+# first words of names of letters that belong to no script, such as U+02BC MODIFIER LETTER APOSTROPHE
+_COMMON = frozenset(
+    ["MODIFIER", "CARON", "COMBINING", "SPACE", "VERTICAL", "IDEOGRAPHIC", "VEDIC", "MASU", "TURNED", "ROMAN", "OLD"]
 )
 
 # Thai, Lao, Tibetan, Myanmar, Khmer, Tai Le and New Tai Lue, Tai Tham, kana, Han: written without spaces
-_UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
@@ -44,7 +54,8 @@ def script(char: str) -> str | None:
     if name.startswith("CJK"):
         return "Han"
     long = next((known for known in _LONG_NAMES if name.startswith(known + " ")), None)
-    return (long or name.partition(" ")[0]).title() or None
+    first = long or name.partition(" ")[0]
+    return first.title() if first and first not in _COMMON else None
 
 
 def scripts(texts: Iterable[str]) -> dict[str, int]:
