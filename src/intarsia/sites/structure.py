@@ -117,6 +117,14 @@ def output_fields(model: PreTrainedModel) -> frozenset[str] | None:
     return frozenset(name for kind in outputs for name in getattr(kind, "__dataclass_fields__", ())) or None
 
 
+def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The linear of the language-model head, None where the class has none."""
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 def head_size(attention: nn.Module, config: object) -> int | None:
     """Features of one attention head, as the module or else the configuration says."""
     for name in ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim"):
