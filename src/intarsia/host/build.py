@@ -70,10 +70,10 @@ def select(sites: SiteMap, patch: Patch) -> Sequence[Site]:
     """The sites of a patch.  A fused parameter that is selected whole is not selected again in parts."""
     try:
         chosen = list(sites.select(patch.at, layers=patch.layers, port=patch.port))
-    except SiteError:
+    except SiteError as error:
         if patch.optional:
             return ()
-        raise
+        raise SiteError(f"patch {patch.name!r}: {error}") from None
     if patch.port != "weight":
         return chosen
     whole = {owner for site in chosen if site.view is None for owner in site.owners}
@@ -108,7 +108,7 @@ def build(
             module = module_at(site.path)
             place = Place(
                 site=site,
-                reads=reads_width(site, module),
+                reads=width if site.port == "logits" else reads_width(site, module),
                 width=width,
                 generator=torch.Generator().manual_seed(seed_of(seed, site.name, patch.name)),
                 weight=lambda site=site: weight_of(site, module_at),  # type: ignore[misc]

@@ -67,9 +67,10 @@ class State:
         self.tag = tag
         self.rest: Call | None = None
         self.masks: dict[int, Tensor | None] = {}
+        self.sizes: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "masks": {}}
+        return {**self.__dict__, "masks": {}, "sizes": {}}
 
     def current(self) -> Call | None:
         """The call of this thread's `using`, or the resting one."""

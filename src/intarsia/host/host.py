@@ -14,6 +14,7 @@ The base is frozen while a host is open; `close` restores its flags, hooks, conf
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.compose import Expr, Seq, expr
+from intarsia.compose import Expr, Ref, Seq, expr, names
 from intarsia.compose.legality import Traits, check
 from intarsia.errors import CompositionError, ModuleError, SiteError, SpecError, listing
 from intarsia.host import attention
 from intarsia.host.attention import MemorySocket
 from intarsia.host.build import Built, build
 from intarsia.host.call import CALLS, Call, Child, State
+from intarsia.host.fold import fold, why_not_foldable
 from intarsia.host.output import Root
 from intarsia.host.sequence import DecoderMask, SequenceSocket
 from intarsia.host.socket import Slot, Socket, Tap
@@ -37,8 +39,10 @@ from intarsia.host.weights import WeightSocket, slot_key
 from intarsia.methods import Method
 from intarsia.modules import Card, Module, check_name
 from intarsia.patches import Attend, Delta, Tokens
-from intarsia.sites import Anatomy, Fingerprint, SiteMap, fingerprint, resolve
-from intarsia.sites.address import Site
+from intarsia.sites.address import Site, SiteMap
+from intarsia.sites.anatomy import Anatomy
+from intarsia.sites.fingerprint import Fingerprint, fingerprint
+from intarsia.sites.resolve import resolve
 
 Expression = Expr | str
 
@@ -54,6 +58,20 @@ class Entry:
     requires: tuple[str, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
     card: Card | None = None
+
+
+@dataclass
+class Record:
+    """All that a host has done to a model.  Lives on the model's root child, so that a deep or pickled copy of the model
+    carries its own (`Host.of`)."""
+
+    sites: SiteMap
+    flags: dict[str, bool]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    children: list[tuple[nn.Module, str]] = field(default_factory=list)
+    implementation: str | None = None
+    numbers: int = 0
 
 
 class Host:
@@ -76,27 +94,38 @@ class Host:
     ) -> None:
         if not isinstance(model, PreTrainedModel):
             raise SiteError(f"Host needs a transformers model, found {type(model).__name__}")
-        self.sites: SiteMap = resolve(model, anatomy=anatomy)
+        sites = resolve(model, anatomy=anatomy)
+        others = [m for m in model.children() if isinstance(m, Root)]
+        # flags as they were before the first host; the last one to close restores them
+        flags = others[0].record.flags if others else {n: p.requires_grad for n, p in model.named_parameters()}
+        state = State(max((o.state.tag for o in others), default=0) + 1)
+        if not others:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        self._bind(model, state, Record(sites, flags), tokenizer, base_name)
+        self._root = self._attach_root()
+
+    def _bind(self, model: PreTrainedModel, state: State, record: Record, tokenizer: Any, base_name: str) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.base_name = base_name or str(getattr(model.config, "_name_or_path", "") or "")
-        self._entries: dict[str, Entry] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._children: list[tuple[nn.Module, str]] = []
+        self.sites = record.sites
+        self._state = state
+        self._record = record
+        self._entries = record.entries
         self._fingerprint: Fingerprint | None = None
         self._lock = threading.RLock()
-        self._numbers = 0
-        others = [m for m in model.children() if isinstance(m, Root)]
-        self._state = State(max((o.state.tag for o in others), default=0) + 1)
-        # flags as they were before the first host; the last one to close restores them
-        self._flags: dict[str, bool] = next(
-            (o.__dict__["flags"] for o in others), {n: p.requires_grad for n, p in model.named_parameters()}
-        )
-        self._implementation: str | None = None
-        for parameter in model.parameters():
-            if not others:
-                parameter.requires_grad_(False)
-        self._root = self._attach_root()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, tokenizer: Any = None, base_name: str = "") -> Host:
+        """The host of a model that already carries modules, e.g. a deep or unpickled copy."""
+        root = next((m for m in reversed(list(model.children())) if isinstance(m, Root)), None)
+        if root is None:
+            raise SiteError(f"this {type(model).__name__} carries no modules; make a host with Host(model)")
+        host = cls.__new__(cls)
+        host._bind(model, root.state, root.record, tokenizer, base_name)
+        host._root = root
+        return host
 
     # -- what is here ------------------------------------------------------------------------------------------------
 
@@ -147,7 +176,7 @@ class Host:
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
-            check(expr_of(name), self._traits())
+            check(Ref(name), self._traits())
         return self._entries[name]
 
     def _traits(self) -> dict[str, Traits]:
@@ -176,7 +205,7 @@ class Host:
 
     def add(self, name: str, method: Method, *, seed: int = 0, roles: Mapping[str, str] | None = None) -> Host:
         """A new module of a method, trainable.  Validated before anything is attached."""
-        self._check_new(name)
+        name = self._new_name(name)
         built = self._build(method, seed)
         head = method.head
         entry = Entry(method, built, getattr(head, "labels", None), dict(roles or {}))
@@ -190,8 +219,7 @@ class Host:
             ModuleError: it belongs to another base (the field that differs is named), or its tensors are not those its
                 method has on this model (missing, extra and misshapen ones are counted and named).
         """
-        name = name or module.name
-        self._check_new(name)
+        name = self._new_name(name or module.name)
         difference = module.base.difference(self.fingerprint)
         if difference and not force_base:
             raise ModuleError(
@@ -208,10 +236,11 @@ class Host:
             parameter.requires_grad_(False)
         return self
 
-    def _check_new(self, name: str) -> None:
-        check_name(name)
+    def _new_name(self, name: str) -> str:
+        name = check_name(name)
         if name in self._entries:
             raise ModuleError(f"a module {name!r} is already on this host; remove it first or take another name")
+        return name
 
     def remove(self, name: str) -> Host:
         """Take a module off this host; the others stay."""
@@ -219,7 +248,7 @@ class Host:
         if self._state.rest is not None and name in self._state.rest.names:
             raise CompositionError(f"module {name!r} is part of the resting expression; host.rest(None) first")
         del self._entries[name]
-        for host, key in self._children:
+        for host, key in self._record.children:
             child = host._modules[key]
             slots = child.slots.values() if isinstance(child, Socket | WeightSocket) else [getattr(child, "slot", None)]
             for slot in slots:
@@ -266,7 +295,7 @@ class Host:
         key = f"intarsia{self._state.tag}_{key}"
         child.train(host.training)
         host.add_module(key, child)
-        self._children.append((host, key))
+        self._record.children.append((host, key))
         return child
 
     def _find(self, host: nn.Module, key: str) -> Any:
@@ -283,13 +312,16 @@ class Host:
         if embedding is not None and not isinstance(getattr(embedding, "weight", None), Tensor):
             embedding = None
         root = self._child(model, "root", Root(self._state, site, embedding, decoder))
-        root.__dict__["flags"] = self._flags
+        root.__dict__["record"] = self._record
         root.__dict__["checkpointed"] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._hooks.append(model.register_forward_pre_hook(root.before, with_kwargs=True))
-        stack = model.get_decoder() if decoder else model.base_model
+        self._record.hooks.append(model.register_forward_pre_hook(root.before, with_kwargs=True))
+        if decoder:
+            stack = model.get_decoder()
+        else:
+            stack = model.get_submodule(self.sites["seq"].path) if "seq" in self.sites else model.base_model
         if stack is not None and stack is not model:
-            self._hooks.append(stack.register_forward_hook(root.note))
-        self._hooks.append(model.register_forward_hook(root.after, always_call=True))
+            self._record.hooks.append(stack.register_forward_hook(root.note))
+        self._record.hooks.append(model.register_forward_hook(root.after, always_call=True))
         return root
 
     def _attach(self, name: str, entry: Entry) -> None:
@@ -303,7 +335,7 @@ class Host:
             for delta in deltas:
                 delta.train(self.model.training)
             slot.put(name, deltas)
-        for host, key in self._children:
+        for host, key in self._record.children:
             child = host._modules[key]
             if isinstance(child, Socket | WeightSocket):
                 child.refresh()
@@ -322,12 +354,12 @@ class Host:
         socket = self._find(module, site.port)
         if socket is None:
             socket = self._child(module, site.port, Socket(self._state))
-            self._numbers += 1
-            socket.__dict__["number"] = self._numbers
+            self._record.numbers += 1
+            socket.__dict__["number"] = self._record.numbers
             if site.port == "out":
-                self._hooks.append(module.register_forward_hook(socket.after, with_kwargs=True))
+                self._record.hooks.append(module.register_forward_hook(socket.after, with_kwargs=True))
             else:
-                self._hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True))
+                self._record.hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True))
         for what, path in (("residual", site.residual), ("reads", site.reads)):
             if path is not None and what not in socket.taps:
                 socket.taps[what] = self._tap(path, socket)
@@ -340,7 +372,7 @@ class Host:
         tap = self._find(module, "tap")
         if tap is None:
             tap = self._child(module, "tap", Tap(self._state))
-            self._hooks.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
+            self._record.hooks.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
         tap.consumers[socket.number] = socket
         return tap
 
@@ -352,8 +384,10 @@ class Host:
             socket = self._find(host, "weight")
             if socket is None:
                 socket = self._child(host, "weight", WeightSocket(self._state))
-                self._hooks.append(host.register_forward_pre_hook(socket.before, with_kwargs=True))
-                self._hooks.append(host.register_forward_hook(socket.after, with_kwargs=True, always_call=True))
+                self._record.hooks.append(host.register_forward_pre_hook(socket.before, with_kwargs=True))
+                # first of all hooks: with per-row expressions it runs the module anew
+                after = host.register_forward_hook(socket.after, with_kwargs=True, always_call=True, prepend=True)
+                self._record.hooks.append(after)
             if key in socket.slots:
                 slot = socket.slots[key]
             else:
@@ -367,13 +401,13 @@ class Host:
         if socket is None:
             two_stacks = bool(self.model.config.is_encoder_decoder)
             socket = self._child(module, "seq", SequenceSocket(self._state, site, keep=two_stacks))
-            self._hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True, prepend=True))
+            self._record.hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True, prepend=True))
             # before any hook that reads the stack's output
-            self._hooks.append(module.register_forward_hook(socket.after, prepend=True))
+            self._record.hooks.append(module.register_forward_hook(socket.after, prepend=True))
             if two_stacks:
                 decoder = self.model.get_decoder()
                 mask = self._child(decoder, "mask", DecoderMask(self._state, socket.names))
-                self._hooks.append(decoder.register_forward_pre_hook(mask.before, with_kwargs=True))
+                self._record.hooks.append(decoder.register_forward_pre_hook(mask.before, with_kwargs=True))
         return socket.slot
 
     def _route_attention(self) -> None:
@@ -392,7 +426,7 @@ class Host:
                 f"{type(self.model).__name__} does not let its attention be replaced, so prefixes cannot reach it; "
                 "use a method of another kind (lora, pfeiffer, prompt ...)"
             )
-        self._implementation = current
+        self._record.implementation = current
 
     # -- calling -----------------------------------------------------------------------------------------------------
 
@@ -459,24 +493,64 @@ class Host:
 
         return run
 
+    def why_not_foldable(self, expression: Expression) -> str | None:
+        """The first reason why an expression cannot be folded into the base's weights, None if it can."""
+        one = self.call(expression).exprs[0]
+        return why_not_foldable(one, self._slots())
+
+    def fold(self, expression: Expression, *, drop_head: bool = False) -> PreTrainedModel:
+        """A copy of the base with the change inside: a plain transformers model without hooks.
+
+        Args:
+            drop_head: a head is new output and no part of the base; leave it out (otherwise it is refused).
+
+        Raises:
+            CompositionError: a part of the expression has no folded form; the reason is given.
+        """
+        one = self.call(expression).exprs[0]
+        headed = [n for n in sorted(names(one)) if self._entries[n].method.head is not None]
+        if headed and not drop_head:
+            raise CompositionError(
+                f"module {headed[0]!r} has a head, which is not a change of any base weight; fold with drop_head=True and "
+                "keep the head as a module"
+            )
+        slots = [(s, slot) for s, slot in self._slots() if s.port != "logits"]
+        reason = why_not_foldable(one, slots)
+        if reason:
+            raise CompositionError(f"{one} cannot be folded: {reason}")
+        bare = copy.deepcopy(self.model)
+        Host.of(bare).close()
+        return fold(bare, one, slots, self.sites)
+
+    def _slots(self) -> list[tuple[Site, Slot]]:
+        """Every site with deltas, each once."""
+        found: dict[str, tuple[Site, Slot]] = {}
+        for host, key in self._record.children:
+            child = host._modules[key]
+            slots = list(child.slots.values()) if isinstance(child, Socket | WeightSocket) else [getattr(child, "slot", None)]
+            for slot in slots:
+                if isinstance(slot, Slot) and slot.names:
+                    found[slot.site.name] = (slot.site, slot)
+        return list(found.values())
+
     # -- leaving -----------------------------------------------------------------------------------------------------
 
     def close(self) -> PreTrainedModel:
         """Remove everything this host put into the model and give the model back as it was."""
-        for handle in self._hooks:
+        for handle in self._record.hooks:
             handle.remove()
-        self._hooks.clear()
+        self._record.hooks.clear()
         self._root.unpin()
-        for host, key in reversed(self._children):
+        for host, key in reversed(self._record.children):
             del host._modules[key]
-        self._children.clear()
+        self._record.children.clear()
         self._entries.clear()
         self._state.rest = None
-        if self._implementation is not None and not any(isinstance(m, MemorySocket) for m in self.model.modules()):
-            self.model.set_attn_implementation(self._implementation)
+        if self._record.implementation is not None and not any(isinstance(m, MemorySocket) for m in self.model.modules()):
+            self.model.set_attn_implementation(self._record.implementation)
         if not any(isinstance(m, Root) for m in self.model.children()):
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+                parameter.requires_grad_(self._record.flags.get(name, parameter.requires_grad))
         return self.model
 
     def __enter__(self) -> Host:

@@ -36,6 +36,7 @@ class Root(Child):
 
     embedding: nn.Module | None
     decoder: bool
+    record: Any
     checkpointed: list[nn.Module]
     states: dict[int, Tensor]
 
@@ -78,7 +79,11 @@ class Root(Child):
         if module.training and not torch.compiler.is_compiling():
             self.pin()
         call = self.state.current()
-        if call is None or not self.active(call):
+        if call is None:
+            return
+        if call.rows is not None:
+            self.state.sizes[thread()] = batch_size(args, kwargs)
+        if not self.active(call):
             return
         mask = kwargs.get("decoder_attention_mask" if self.decoder else "attention_mask")
         if mask is None and not self.decoder and len(args) > 1 and isinstance(args[1], Tensor):
@@ -95,6 +100,7 @@ class Root(Child):
         """Forward hook (also after an exception): the head's logits take the place of the model's."""
         mask = self.state.masks.pop(thread(), None)
         states = self.states.pop(thread(), None)
+        self.state.sizes.pop(thread(), None)
         call = self.state.current()
         if output is None or call is None or not self.active(call):
             return None
@@ -129,3 +135,11 @@ class Root(Child):
         if len({tuple(r.shape) for r in found}) == 1:
             return torch.stack(found)
         return tuple(found)
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows of the batch a model was given."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[0]
+    return 1

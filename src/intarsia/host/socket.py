@@ -149,7 +149,8 @@ class Socket(Child):
         return call if call is not None and self.active(call) else None
 
     def _run(self, h: Tensor, call: Call, given: Tensor | None) -> Tensor:
-        surroundings = {what: tap.pop(self.number) for what, tap in self.taps.items()}
+        values = {id(tap): tap.pop(self.number) for tap in dict.fromkeys(self.taps.values())}  # one may serve both
+        surroundings = {what: values[id(tap)] for what, tap in self.taps.items()}
         for slot in self.slots.values():
             if slot.names.isdisjoint(call.names):  # type: ignore[union-attr, operator]
                 continue

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import CompositionError, SiteError
-from intarsia.host.call import Call, Child, State
+from intarsia.host.call import CALLS, Call, Child, State
 from intarsia.host.seen import View
 from intarsia.host.socket import Slot, SlotAt, cut, key_of, paste
 from intarsia.sites.address import Site
@@ -118,13 +118,23 @@ class WeightSocket(Child):
     def _rowwise(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, call: Call
     ) -> Any:
+        if isinstance(output, tuple) and all(isinstance(o, Tensor) for o in output):
+            return self._merge(module, args, kwargs, output, call)
         if not isinstance(output, Tensor):
             raise CompositionError(
                 f"{module.__class__.__name__} returns {type(output).__name__}; its weights cannot differ between the "
                 "rows of one batch. Split the batch by expression"
             )
-        size = output.shape[0]
-        index = call.index(size, output.device)
+        return self._merge(module, args, kwargs, (output,), call)[0]
+
+    def _merge(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...], call: Call
+    ) -> tuple[Tensor, ...]:
+        size = output[0].shape[0]
+        batch = self.state.sizes.get(threading.get_ident(), size)
+        if size == 1 and batch > 1:  # the same for all rows, e.g. position embeddings
+            output = tuple(o.expand(batch, *o.shape[1:]) for o in output)
+        index = call.index(output[0].shape[0], output[0].device)
         for number, expression in enumerate(call.exprs):
             if self.names.isdisjoint(name.name for name in expression.refs()):
                 continue
@@ -133,16 +143,23 @@ class WeightSocket(Child):
                 continue
 
             def part(value: Any, rows: Tensor = rows) -> Any:
-                if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
+                if isinstance(value, Tensor) and value.dim() and value.shape[0] == size > 1:
                     return value[rows]
                 return value
 
+            # modules inside this one see only these rows, all with this expression
+            alone = Call.of((expression,), None, call.head, call.context)
+            token = CALLS.set({**CALLS.get(), self.state: alone})
             try:
                 self._lend(call, number)
                 value = module.forward(*map(part, args), **{k: part(v) for k, v in kwargs.items()})
             finally:
                 self._return()
-            output = output.index_copy(0, rows, value)
+                CALLS.reset(token)
+            values = value if isinstance(value, tuple) else (value,)
+            output = tuple(
+                o.index_copy(0, rows, v.expand(len(rows), *v.shape[1:]).to(o.dtype)) for o, v in zip(output, values)
+            )
         return output
 
 

@@ -57,9 +57,13 @@ def ln() -> Method:
 
 
 @row("bitfit", equation="b' = b + d for every bias vector", source="Ben-Zaken et al. 2022, arXiv 2106.10199")
-def bitfit(at: str = "**.bias") -> Method:
-    """Every bias vector of the model."""
-    return Method("bitfit", (Patch("shift", at, Matrix(), port="weight"),), Policy(learning_rate=1e-3))
+def bitfit(at: str = "**.bias", create: bool = False) -> Method:
+    """Every bias vector of the model; with `create`, a new one at every linear layer (for models without biases)."""
+    if create:
+        patch = Patch("shift", "{attn,xattn}.{q,k,v,o}, ffn.{gate,up,down}", Const(), Add())
+    else:
+        patch = Patch("shift", at, Matrix(), port="weight")
+    return Method("bitfit", (patch,), Policy(learning_rate=1e-3))
 
 
 @row("lora", equation="y' = W x + (alpha / r) B A x", source="Hu et al. 2021, arXiv 2106.09685")

@@ -16,7 +16,7 @@ What is not here: what the metadata of a module means (`file.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any, NamedTuple
@@ -99,12 +99,14 @@ def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def read_layout(file: BufferedIOBase, size: int) -> Layout:
+def read_layout(file: BufferedIOBase, size: int, accept: Callable[[Mapping[str, str]], object]) -> Layout:
     """Read and check a header.
 
     Args:
         file: at its start; left at the start of the data.
         size: bytes of the whole file.
+        accept: raises if the metadata are of another format or version; called before the tensors' entries are looked at,
+            which another format may write otherwise.
 
     Raises:
         ModuleError: the file is no safetensors file, is cut, or its header breaks a rule above.
@@ -128,14 +130,17 @@ def read_layout(file: BufferedIOBase, size: int) -> Layout:
     if not header.startswith(b"{"):
         raise ModuleError("not a module file: the header does not begin with '{'")
     _check_limits(header.count(b'"data_offsets"'), header)
-    metadata, entries = _parse(header)
+    metadata, document = _parse(header)
+    accept(metadata)
+    entries = _cover(document)
     total = 8 + length + max((entry.end for entry in entries.values()), default=0)
     if size != total:
         raise ModuleError(f"truncated: {size:,} of {total:,} bytes" if size < total else f"{size - total:,} bytes too many after the {total:,} of the module")
     return Layout(metadata, entries, start[:8] + header, size)
 
 
-def _parse(header: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
+def _parse(header: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata, and the entries as they stand in the JSON."""
     try:
         document = parse_json(header, "header")
     except SpecError as error:
@@ -145,6 +150,11 @@ def _parse(header: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
     metadata = document.pop(_META, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModuleError("header: the metadata is not an object of strings")
+    return metadata, document
+
+
+def _cover(document: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries, checked one by one and then together: in the order of their data, without gap or overlap."""
     entries = {key: _entry(key, value) for key, value in document.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     reached = 0
@@ -153,7 +163,7 @@ def _parse(header: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
             what = "overlaps the tensor before it" if entry.begin < reached else "leaves a gap before it"
             raise ModuleError(f"header: tensor {key!r} at byte {entry.begin:,} {what} (which ends at {reached:,})")
         reached = entry.end
-    return metadata, ordered
+    return ordered
 
 
 def _entry(key: str, value: Any) -> Entry:

@@ -107,7 +107,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         ModuleError, StoreError: as `load`.
     """
     with _open(path) as (file, size), _about(path):
-        return _header(read_layout(file, size))
+        return _header(read_layout(file, size, _version))
 
 
 def dumps(module: Module) -> bytes:
@@ -155,7 +155,7 @@ def _field(checksum: bytes) -> bytes:
 
 def _read(file: io.BufferedIOBase, size: int, name: str | None) -> Module:
     _check_host()
-    layout = read_layout(file, size)
+    layout = read_layout(file, size, _version)
     header = _header(layout)
     tensors, hashes = Owned(), {}
     for key, entry in layout.entries.items():
@@ -196,13 +196,6 @@ def _read_tensor(file: io.BufferedIOBase, key: str, entry: Entry, layout: Layout
 def _header(layout: Layout) -> Header:
     """Interpret and check the metadata of a module file."""
     meta = layout.metadata
-    if meta.get("format") != FORMAT:
-        found = f"its metadata says format {meta['format'][:40]!r}" if "format" in meta else "its metadata names no format"
-        raise ModuleError(
-            f"a safetensors file, but not an intarsia module: {found}. It lacks the method and the base it belongs to; "
-            "such tensors become a module only together with those"
-        )
-    version = _version(meta)
     unknown, missing = sorted(set(meta) - _KEYS), sorted(_KEYS - set(meta))
     if unknown or missing:
         parts = [f"unknown entries {listing(ascii(k[:40]) for k in unknown)}"] * bool(unknown) + [f"missing entries {listing(missing, 20)}"] * bool(missing)
@@ -226,12 +219,19 @@ def _header(layout: Layout) -> Header:
         card=decode(value["card"], Card, "$.card"),
         digest=meta["digest"],
         tensors=layout.entries,
-        version=version,
+        version=_version(meta),
         size=layout.size,
     )
 
 
 def _version(meta: Mapping[str, str]) -> int:
+    """The format version, if these are the metadata of a module this code can read."""
+    if meta.get("format") != FORMAT:
+        found = f"its metadata says format {meta['format'][:40]!r}" if "format" in meta else "its metadata names no format"
+        raise ModuleError(
+            f"a safetensors file, but not an intarsia module: {found}. It lacks the method and the base it belongs to; "
+            "such tensors become a module only together with those"
+        )
     text, needs = meta.get("version", ""), meta.get("needs", "")
     if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
         raise ModuleError(f"header: version is {text[:40]!r}, expected a number")

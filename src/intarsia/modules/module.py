@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,7 @@ from intarsia._codec import canonical_json, encode, plain
 from intarsia.errors import ModuleError, SpecError, listing
 from intarsia.modules.card import Card
 from intarsia.modules.names import check_name
+from intarsia.sites.fingerprint import COMPARED, Fingerprint
 
 if TYPE_CHECKING:
     from intarsia.methods.method import Method
@@ -41,13 +42,6 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name,
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:+-]*(/[A-Za-z0-9_][A-Za-z0-9_.:+-]*)+")
 _MAX_KEY = 300
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class Base(Protocol):
-    """What a module needs of `intarsia.sites.fingerprint.Fingerprint`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that say which base this is."""
 
 
 class Owned(dict[str, torch.Tensor]):
@@ -78,7 +72,7 @@ class Module:
     name: str
     method: Method
     tensors: Mapping[str, torch.Tensor]
-    base: Base
+    base: Fingerprint
     labels: tuple[str, ...] | None = None
     roles: Mapping[str, str] = field(default_factory=dict)
     requires: tuple[str, ...] = ()
@@ -96,6 +90,8 @@ class Module:
         put(self, "roles", MappingProxyType(_check_roles(self.roles)))
         put(self, "requires", _check_digests(self.requires))
         put(self, "context", MappingProxyType(plain(dict(self.context), "$.context")))
+        if not isinstance(self.base, Fingerprint):
+            raise ModuleError(f"the base of a module is a Fingerprint, found {type(self.base).__name__}; take it with fingerprint(model, tokenizer)")
         encode(self.method)  # refuse now what could not be stored later
 
     @cached_property
@@ -147,11 +143,13 @@ class Module:
 def identity(module: Module, hashes: Mapping[str, str]) -> str:
     """The digest of a module whose tensors have these SHA-256 hashes.
 
-    It is the SHA-256 of the canonical JSON of an object with the members `base`, `context`, `labels`, `method`, `requires`
-    and `tensors`, the last holding `[dtype, shape, sha256 of the little-endian bytes]` per tensor.
+    It is the SHA-256 of the canonical JSON of an object with the members `base` (the compared fields of the fingerprint),
+    `context`, `labels`, `method`, `requires` and `tensors`, the last holding `[dtype, shape, sha256 of the little-endian
+    bytes]` per tensor.
     """
+    base = module.base.to_dict()
     document = {
-        "base": module.base.to_dict(),
+        "base": {name: base[name] for name in COMPARED},
         "context": module.context,
         "labels": module.labels,
         "method": encode(module.method),

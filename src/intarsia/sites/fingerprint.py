@@ -9,7 +9,7 @@ same weights agree.  Left out on purpose:
 * intarsia's own sockets, and buffers that are not saved with a checkpoint.
 
 The weights hash (version 1).  Tensors in the order of their names; of each its name, its shape and values: all of them
-up to 4,608 elements, else nine blocks of 512 spread evenly from the first element to the last.  Floating-point values
+up to 33,792 elements, else 33 blocks of 1,024 spread evenly from the first element to the last.  Floating-point values
 are rounded to bfloat16 first (to nearest, ties to even, as loading in bfloat16 does); others count bit by bit.
 A base in bfloat16 therefore has the fingerprint of its float32 original, on every device.  A float32 checkpoint loaded
 in float16 has not: rounding twice is not rounding once; `difference` says so.
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from intarsia.errors import BaseError
 from intarsia.sites import structure
 
-BLOCKS, BLOCK = 9, 512
+BLOCKS, BLOCK = 33, 1024
 
 #: Fields in the order in which they are compared: what explains most comes first.
 COMPARED = ("architecture", "layers", "width", "vocabulary", "quantisation", "shapes", "weights", "tokenizer")

@@ -1,0 +1,142 @@
+"""Folding: the change of an expression inside a *copy* of the base, as a plain transformers model.
+
+The same expression is evaluated on the affine maps themselves (y = W x + b as data) instead of on activations, so a fold
+equals the active expression whatever it is made of.  Order at a module: its weights, then what is added to or multiplied
+on its output, then what rescales its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from intarsia.compose import Expr
+from intarsia.compose.algebra import Terms
+from intarsia.errors import CompositionError
+from intarsia.host.socket import Slot, cut, paste
+from intarsia.patches import Delta, Linear, WhyNot
+from intarsia.sites.address import Site, SiteMap
+
+_ORDER = {"weight": 0, "out": 1, "in": 2}
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class _Maps:
+    """Algebra of affine maps."""
+
+    def join(self, h: Linear, change: Linear) -> Linear:
+        return Linear(_plus(h.weight, change.weight), _plus(h.bias, change.bias))
+
+    plus = join
+
+    def mix(self, terms: Terms, members: int) -> Linear | None:
+        total: Linear | None = None
+        for weight, change in terms:
+            scaled = Linear(
+                None if change.weight is None else change.weight * weight,
+                None if change.bias is None else change.bias * weight,
+            )
+            total = scaled if total is None else self.join(total, scaled)
+        return total
+
+
+class _FoldAt:
+    """A slot whose deltas act on the affine map; the first that cannot is refused with its reason."""
+
+    algebra = _Maps()
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def deltas(self, name: str) -> Sequence[Delta]:
+        return self.slot.of(name)
+
+    def change(self, delta: Delta, h: Linear) -> Linear:
+        change = delta.fold(h)
+        if isinstance(change, WhyNot):
+            raise CompositionError(f"cannot fold {delta.name!r} at {delta.site.name}: {change.reason}")
+        return change
+
+
+def why_not_foldable(e: Expr, slots: Sequence[tuple[Site, Slot]]) -> str | None:
+    """The first reason why an expression has no folded form, None if it has one."""
+    names = {r.name for r in e.refs()}
+    for site, slot in slots:
+        if names.isdisjoint(slot.names):
+            continue
+        if site.port not in _ORDER:
+            return f"{site.name}: port {site.port!r} is not a change of any weight"
+        for name in sorted(names & slot.names):
+            for delta in slot.of(name):
+                if site.port == "out" and site.name.split(".")[-1] not in ("q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up"):
+                    return f"{site.name}: what is added here passes no linear layer it could be part of"
+                value = delta.form.constant()
+                if isinstance(value, WhyNot):
+                    value = delta.form.as_linear()  # type: ignore[assignment]
+                if isinstance(value, WhyNot):
+                    return f"{site.name}: {value.reason}"
+    return None
+
+
+@torch.no_grad()
+def fold(
+    bare: PreTrainedModel, e: Expr, slots: Sequence[tuple[Site, Slot]], sites: SiteMap
+) -> PreTrainedModel:
+    """Write the change of `e` into `bare`, a closed copy of the base.
+
+    Args:
+        slots: every site with deltas.
+    """
+    names = {r.name for r in e.refs()}
+    tied = {site.owners for site in sites.parameters() if len(site.owners) > 1}
+    shared = {path for owners in tied for path, _ in owners}
+    todo = [(s, slot) for s, slot in slots if not names.isdisjoint(slot.names)]
+    for site, slot in sorted(todo, key=lambda pair: _ORDER[pair[0].port]):
+        module = bare.get_submodule(site.path)
+        if site.port == "weight":
+            _fold_parameter(module, site, slot, e)
+        else:
+            if site.path in shared:
+                raise CompositionError(f"cannot fold at {site.name}: its weight is tied to the word embeddings and would change both")
+            _fold_linear(module, site, slot, e)
+    bare.tie_weights()
+    return bare
+
+
+def _fold_parameter(module: nn.Module, site: Site, slot: Slot, e: Expr) -> None:
+    value = module._parameters[site.param or "weight"]
+    assert value is not None
+    canonical = value.t() if site.transposed and value.dim() == 2 else value
+    part = canonical if site.view is None else cut(canonical, site, dim=0)
+    new = e.run(Linear(part.float(), None), _FoldAt(slot)).weight.to(value.dtype)
+    new = new if site.view is None else paste(canonical, new, site, dim=0)
+    value.copy_(new.t() if site.transposed and value.dim() == 2 else new)
+
+
+def _fold_linear(module: nn.Module, site: Site, slot: Slot, e: Expr) -> None:
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        raise CompositionError(f"cannot fold at {site.name}: {type(module).__name__} has no weight matrix there")
+    transposed = type(module).__name__ == "Conv1D"
+    bias = module._parameters.get("bias")
+    canonical = weight.t() if transposed else weight
+    view = site.view is not None and site.port == "out"
+    part = cut(canonical, site, dim=0) if view else canonical
+    part_bias = None if bias is None else (cut(bias, site, dim=0) if view else bias)
+    new = e.run(Linear(part.float(), None if part_bias is None else part_bias.float()), _FoldAt(slot))
+    if new.bias is not None:
+        if bias is None:
+            raise CompositionError(
+                f"cannot fold at {site.name}: the layer has no bias, and a checkpoint of this architecture could not hold one"
+            )
+        bias.copy_(paste(bias, new.bias.to(bias.dtype), site, dim=0) if view else new.bias.to(bias.dtype))
+    matrix = new.weight.to(weight.dtype)
+    matrix = paste(canonical, matrix, site, dim=0) if view else matrix
+    weight.copy_(matrix.t() if transposed else matrix)
+

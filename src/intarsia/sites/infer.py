@@ -1,0 +1,1 @@
+infer = verify = Disagreement = None
