@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from intarsia.sites.fingerprint import Fingerprint
 BLANK = "0" * 64
 
 
-def base(weights: str = "aa") -> Fingerprint:
-    return Fingerprint(weights)
+def base(weights: str = "aa", **changes: Any) -> Fingerprint:
+    fields = {"architecture": "bert", "layers": (2,), "width": 4, "vocabulary": 99, "shapes": "5a", "tokenizer": "7c", "dtype": "float32"}
+    return Fingerprint(**{"weights": weights, **fields, **changes})
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -62,13 +64,33 @@ def container(header: bytes | dict[str, Any], data: bytes = b"", length: int | N
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
+def forked(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a process of its own (a fork, which need not import anything again), as JSON can hold it."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(read)
+            with os.fdopen(write, "w") as pipe:
+                json.dump(work(), pipe)
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    assert text, "the forked process failed; see its traceback on stderr"
+    return json.loads(text)
+
+
 def forge(file: bytes, edit: Callable[[dict[str, Any]], Any]) -> bytes:
     """A module file after editing its parsed header, with a checksum that is right again."""
     length = int.from_bytes(file[:8], "little")
     header, data = json.loads(file[8 : 8 + length]), file[8 + length :]
     edit(header)
-    if "checksum" in header.get("__metadata__", {}):
-        header["__metadata__"]["checksum"] = BLANK
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict) and "checksum" in metadata:
+        metadata["checksum"] = BLANK
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     blank = len(text).to_bytes(8, "little") + text

@@ -7,6 +7,7 @@ folder.  Whatever goes wrong before the rename removes the temporary file; a kil
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -48,7 +49,8 @@ def write_atomic(path: str | os.PathLike[str], chunks: Iterable[Any], size: int)
         os.replace(temporary, target)
         _sync_folder(folder)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may not exist; what went wrong first is what counts
+            temporary.unlink()
         if isinstance(error, OSError):
             raise StoreError(_explain(error, target, size)) from error
         raise
