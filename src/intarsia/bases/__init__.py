@@ -12,15 +12,15 @@ from intarsia.bases.catalogue import BaseInfo, list_bases
 from intarsia.bases.rows import BASES, EmbeddedBase
 
 if TYPE_CHECKING:
-    from intarsia.bases.load import Base, Head, load
+    from intarsia.bases.loading import Base, Head, load
     from intarsia.bases.trim import trim_vocabulary
 
 __all__ = ["BASES", "Base", "BaseInfo", "EmbeddedBase", "Head", "list_bases", "load", "trim_vocabulary"]
 
 _LATER = {
-    "Base": "intarsia.bases.load",
-    "Head": "intarsia.bases.load",
-    "load": "intarsia.bases.load",
+    "Base": "intarsia.bases.loading",
+    "Head": "intarsia.bases.loading",
+    "load": "intarsia.bases.loading",
     "trim_vocabulary": "intarsia.bases.trim",
 }
 

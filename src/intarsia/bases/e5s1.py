@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -87,13 +88,14 @@ def _header(cursor: Cursor) -> Shape:
         cursor.fail(f"sizes {sizes} are not all between 1 and {LARGEST:,}")
     if block != BLOCK:
         cursor.fail(f"blocks of {block} weights, expected {BLOCK}")
-    hidden, _, heads, inner, *_ = sizes
+    hidden, layers, heads, inner, rows, positions, types = sizes
     if hidden % heads or hidden % BLOCK or inner % BLOCK:
         cursor.fail(f"hidden size {hidden} and inner size {inner} do not divide into {heads} heads and blocks of {BLOCK}")
     if not 0 < epsilon < 1e-2:
         cursor.fail(f"layer-norm epsilon {epsilon}")
     # stored as float32; the decimal the author wrote is the shortest one that gives these bits
-    return Shape(*sizes, float(np.format_float_scientific(np.float32(epsilon))))
+    decimal = float(np.format_float_scientific(np.float32(epsilon)))
+    return Shape(hidden, layers, heads, inner, rows, positions, types, decimal)
 
 
 def _pieces(cursor: Cursor, rows: int) -> Pieces:
@@ -112,7 +114,7 @@ def _pieces(cursor: Cursor, rows: int) -> Pieces:
         cursor.fail("a piece score is not a finite number")
     bounds = ends.tolist()
     try:
-        texts = tuple(blob[low:high].decode("utf-8") for low, high in zip(bounds, bounds[1:]))
+        texts = tuple(blob[low:high].decode("utf-8") for low, high in pairwise(bounds))
     except UnicodeDecodeError:
         cursor.fail("a piece is not UTF-8")
     if len(set(texts)) != count:

@@ -23,7 +23,7 @@ from intarsia.bases.folder import write_folder
 from intarsia.errors import BaseError
 
 if TYPE_CHECKING:
-    from intarsia.bases.load import Base
+    from intarsia.bases.loading import Base
 
 SPACE = "▁"
 #: where the parts of a block lie in the file and in transformers' BERT

@@ -1,6 +1,6 @@
 """From what the user typed to a model folder on disk: a local path, an embedded name, a hub id.
 
-What is here: finding, converting, downloading.  What is not: making a model of the folder (`load.py`).  Without
+What is here: finding, converting, downloading.  What is not: making a model of the folder (`loading.py`).  Without
 `allow_network` nothing here opens a connection; a hub id that an earlier download left in the hub's own cache is found
 there.
 """
@@ -78,7 +78,10 @@ def resolve(name: str | Path, *, allow_network: bool, revision: str | None, veri
         BaseError: there is none, or it may not be used; the message says what to type.
     """
     typed = str(name)
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise BaseError(f"cannot find the folder {typed!r}: {error}") from error
     if (folder / "config.json").is_file():
         _no_revision(revision, f"the folder {folder}")
         return _local(folder)

@@ -20,6 +20,10 @@ from typing import Any, Literal, cast
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -37,11 +41,12 @@ from intarsia.errors import BaseError, UsageError, listing, nearest
 
 Head = Literal["causal-lm", "masked-lm", "seq2seq-lm", "none"]
 
-HEADS: Mapping[str, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "masked-lm": AutoModelForMaskedLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-    "none": AutoModel,
+#: head -> the factory, and its table from configuration class to model class
+HEADS: Mapping[str, tuple[Any, Mapping[type, Any]]] = {
+    "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "masked-lm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    "seq2seq-lm": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    "none": (AutoModel, MODEL_MAPPING),
 }
 #: how the class in `config.architectures` ends -> the head it has
 ENDINGS = {
@@ -53,6 +58,7 @@ ENDINGS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
+FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_HEADER = 1 << 25
 #: start of fresh weights; the same head is made every time
 SEED = 0
@@ -92,7 +98,7 @@ def _quiet() -> Iterator[None]:
         level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # the CPU's only, which fork_rng puts back
         try:
             yield
         finally:
@@ -102,7 +108,9 @@ def _quiet() -> Iterator[None]:
 
 
 def stored_weights(folder: Path) -> dict[str, int]:
-    """Number of values of every tensor in a folder's safetensors files, by name; read from the headers only.
+    """Number of values of every floating-point tensor in a folder's safetensors files, read from the headers only.
+
+    Integer tensors are buffers that older releases of transformers saved (`position_ids`), not weights.
 
     Raises:
         BaseError: a file is truncated or its header is no safetensors header.
@@ -119,7 +127,8 @@ def stored_weights(folder: Path) -> dict[str, int]:
                 header = json.loads(handle.read(length))
                 entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
                 end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-                found |= {name: prod(map(int, entry["shape"])) for name, entry in entries.items()}
+                floats = {name: entry for name, entry in entries.items() if str(entry["dtype"]) in FLOATS}
+                found |= {name: prod(map(int, entry["shape"])) for name, entry in floats.items()}
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise BaseError(f"{path} has a damaged safetensors header: {error}") from error
         if end + 8 + length != size:
@@ -201,8 +210,7 @@ def _config(found: Found) -> PreTrainedConfig:
 
 def _refuse_two_sided(found: Found, config: PreTrainedConfig) -> None:
     """An encoder with a causal head attends to what it should predict unless its configuration says `is_decoder`."""
-    kind = type(config)
-    both = all(kind in auto._model_mapping for auto in (AutoModelForMaskedLM, AutoModelForCausalLM))  # noqa: SLF001
+    both = all(type(config) in HEADS[head][1] for head in ("masked-lm", "causal-lm"))
     if both and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
         raise BaseError(
             f"{found.name} ({config.model_type}) is an encoder: with a causal head it would see the words it predicts; "
@@ -213,20 +221,19 @@ def _refuse_two_sided(found: Found, config: PreTrainedConfig) -> None:
 def _model(
     found: Found, config: PreTrainedConfig, head: Head, dtype: torch.dtype, stored: Mapping[str, int]
 ) -> tuple[PreTrainedModel, list[str]]:
-    auto = HEADS[head]
-    mapping = auto._model_mapping  # noqa: SLF001
-    if type(config) not in mapping:
-        heads = [name for name, other in HEADS.items() if type(config) in other._model_mapping]  # noqa: SLF001
+    factory, classes = HEADS[head]
+    if type(config) not in classes:
+        heads = [name for name, (_, others) in HEADS.items() if type(config) in others]
         raise BaseError(f"{found.name} ({config.model_type}) has no {head} form; it has: {listing(heads)}")
     if head == "causal-lm":
         _refuse_two_sided(found, config)
     options: dict[str, Any] = {}
-    chosen = mapping[type(config)]
-    classes = chosen if isinstance(chosen, (list, tuple)) else (chosen,)
-    if not any("pooler." in key for key in stored) and all("add_pooling_layer" in _parameters(c) for c in classes):
+    chosen = classes[type(config)]
+    candidates = chosen if isinstance(chosen, (list, tuple)) else (chosen,)
+    if not any("pooler." in key for key in stored) and all("add_pooling_layer" in _parameters(c) for c in candidates):
         options["add_pooling_layer"] = False  # else a pooler with random weights would be made
     try:
-        model, info = auto.from_pretrained(
+        model, info = factory.from_pretrained(
             found.folder,
             config=config,
             dtype=dtype,
