@@ -57,7 +57,7 @@ class SlotAt:
 
     __slots__ = ("algebra", "seen", "slot")
 
-    def __init__(self, slot: Slot, seen: View, algebra: Algebra = TENSORS) -> None:
+    def __init__(self, slot: Slot, seen: View, algebra: Algebra) -> None:
         self.slot = slot
         self.seen = seen
         self.algebra = algebra
@@ -181,16 +181,16 @@ class Socket(Child):
         return ((h, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: h})
 
 
-def run_rows(call: Call, h: Tensor, seen: View, slot: Slot, algebra: Algebra = TENSORS) -> Tensor:
+def run_rows(call: Call, h: Tensor, seen: View, slot: Slot) -> Tensor:
     """The value of a site: each row as its own expression says.  Rows are the first dimension of `h`."""
     if call.rows is None:
-        return call.exprs[0].run(h, SlotAt(slot, seen, algebra))
+        return call.exprs[0].run(h, SlotAt(slot, seen, TENSORS))
     index = call.index(h.shape[0], h.device)
     for number, expression in enumerate(call.exprs):
         rows = (index == number).nonzero()[:, 0]
         if len(rows):
             part = h[rows]
-            value = expression.run(part, SlotAt(slot, seen.of_rows(rows), algebra))
+            value = expression.run(part, SlotAt(slot, seen.of_rows(rows), TENSORS))
             if value is not part:
                 h = h.index_copy(0, rows, value.to(h.dtype))
     return h

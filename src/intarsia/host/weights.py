@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.compose import TENSORS
 from intarsia.errors import CompositionError, SiteError
 from intarsia.host.call import CALLS, Call, Child, State
 from intarsia.host.seen import View
@@ -78,7 +79,7 @@ class WeightSocket(Child):
                     "change weights need it in place. Fold the module into the base, or load the base without offloading"
                 )
             site: Site = slot.site  # type: ignore[assignment]
-            value = effective(current, site, call.exprs[number].run, SlotAt(slot, View(site, call)))  # type: ignore[arg-type]
+            value = effective(current, site, call.exprs[number].run, SlotAt(slot, View(site, call), TENSORS))  # type: ignore[arg-type]
             if value is not current:
                 self.lent.append((owner, param, current))
                 owner._parameters[param] = value  # type: ignore[assignment]
