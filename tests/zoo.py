@@ -130,6 +130,7 @@ _TABLE: dict[str, Family] = {
     "speech_to_text": _family(
         "speech", "Speech2Text", "Speech2TextForConditionalGeneration", _BART, input_feat_per_channel=MELS, input_channels=1,
         conv_channels=24, num_conv_layers=2, conv_kernel_sizes=[3, 3], max_source_positions=64, max_target_positions=64,
+        pad_token_id=1, bos_token_id=0,
     ),
     "whisper": _family(
         "speech", "Whisper", "WhisperForConditionalGeneration", _BART, num_mel_bins=MELS, max_source_positions=FRAMES // 2,

@@ -70,6 +70,8 @@ class Site:
             being `(path, param)`.
         lend_at: path of the module during whose forward the parameter is read, when that is not the owner itself.
         heads: (number of key/value heads, size of one head) for `mem` sites; empty otherwise.
+        reused: the module also runs on something else than the batch's tokens in the same block (DeBERTa-v3 projects
+            its table of relative positions, batch size 1, with the same q and k).
     """
 
     name: str
@@ -88,6 +90,7 @@ class Site:
     owners: tuple[tuple[str, str], ...] = ()
     lend_at: str | None = None
     heads: tuple[int, int] | tuple[()] = ()
+    reused: bool = False
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -62,6 +62,7 @@ class Stack:
         tokens: the stack reads embeddings of tokens (False: frames of sound).
         lend: path of a module whose parameters are read outside its own forward -> path of the module that reads.
         unsited: role -> why its output is not a site, although it has parameters.
+        reused: roles whose module also runs on something else than the tokens in the same block.
 
     A path that ends in `?` may be missing from a model of the family, or from some of its blocks.
     """
@@ -75,6 +76,7 @@ class Stack:
     tokens: bool = True
     lend: Mapping[str, str] = field(default_factory=dict)
     unsited: Mapping[str, str] = field(default_factory=dict)
+    reused: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +381,10 @@ ROWS: Mapping[str, tuple[Anatomy, ...]] = MappingProxyType(
         "electra": (_one(_ELECTRA),),
         "albert": (_one(_ALBERT),),
         "distilbert": (_one(_DISTILBERT),),
-        "deberta-v2": (_one(_DEBERTA),),
+        "deberta-v2": (
+            _one(_with(_DEBERTA, reused=frozenset({"attn.q", "attn.k"})), share_att_key=True, relative_attention=True),
+            _one(_DEBERTA),
+        ),
         "modernbert": (_one(_MODERNBERT),),
         "xmod": (_one(_XMOD, pre_norm=False), _one(_XMOD_PRENORM, pre_norm=True)),
         "gpt2": (_one(_GPT2),),

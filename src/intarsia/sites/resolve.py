@@ -308,7 +308,7 @@ class _Block:
         elif role not in WEIGHT_ONLY:
             module = self.to._need(path, role)
             features = structure.out_width(module) or self.width
-            self._add(role, path, features=features)
+            self._add(role, path, features=features, reused=role in self.stack.reused)
 
     def _sublayer(self, name: str) -> None:
         norm_first = self.stack.order in ("pre", "sandwich")

@@ -92,9 +92,7 @@ class _Recorder:
         self.clock = 0
         self.running: list[Call] = []
         self.paths = {module: path for path, module in model.named_modules()}
-        self.owners = {
-            id(owned.parameter): owned.owners for owned in structure.parameters(model)
-        }
+        self.owners = {id(owned.parameter): owned.owners for owned in structure.parameters(model)}
         self.handles = [
             handle
             for module in self.paths
@@ -171,10 +169,11 @@ def trace(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Trace:
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     implementation = model.config._attn_implementation or "eager"
+    masks = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
     recorder = _Recorder(model)
-    ALL_ATTENTION_FUNCTIONS[probe] = recorder.attend(ALL_ATTENTION_FUNCTIONS.get(implementation))
-    ALL_MASK_ATTENTION_FUNCTIONS[probe] = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
     try:
+        ALL_ATTENTION_FUNCTIONS[probe] = recorder.attend(ALL_ATTENTION_FUNCTIONS.get(implementation))
+        ALL_MASK_ATTENTION_FUNCTIONS[probe] = masks
         for config in configs.values():
             config._attn_implementation = probe
         with torch.no_grad(), _Reads(recorder):
@@ -182,7 +181,8 @@ def trace(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Trace:
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-        del ALL_ATTENTION_FUNCTIONS[probe], ALL_MASK_ATTENTION_FUNCTIONS[probe]
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            registry.pop(probe, None)
         for handle in recorder.handles:
             handle.remove()
     return recorder.trace

@@ -1,0 +1,111 @@
+"""A small stand-in for a model, on which arithmetic can be tried without touching the user's weights.
+
+It has the same configuration class and widths but two blocks per stack, random weights with noise on every parameter
+(zero biases and unit norms make different places look alike), float32, on the CPU.  Paths do not depend on depth or
+weights.  A model whose class cannot be built from its configuration is copied instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intarsia.errors import SiteError
+
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+DEPTH = 2
+BATCH, LENGTH, TARGET_LENGTH = 2, 7, 5
+NOISE = 0.05
+
+
+def twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The stand-in of a model; the caller's random state, default type and device are left as they were.
+
+    Raises:
+        SiteError: it can neither be built from the configuration nor copied.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        made = _from_config(model) or _copy(model)
+        made = made.float().eval()
+        noise = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=NOISE)
+    return made
+
+
+def _from_config(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A shallow model of the same class, if that can be built and has the same modules."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        for name in DEPTHS:
+            if isinstance(depth := getattr(config, name, None), int) and depth > DEPTH:
+                setattr(config, name, DEPTH)
+        if len(kinds := getattr(config, "layer_types", None) or ()) > DEPTH:
+            config.layer_types = kinds[:DEPTH]
+        made = type(model)(config)
+    except Exception:  # whatever a foreign constructor does with a changed configuration; the copy below is the answer
+        return None
+    known = {_numberless(path) for path, _ in model.named_modules()}
+    return made if {_numberless(path) for path, _ in made.named_modules()} <= known else None
+
+
+def _numberless(path: str) -> str:
+    return re.sub(r"\.\d+", ".N", path)
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    if any(tensor.is_meta or not tensor.is_floating_point() for tensor in model.parameters()):
+        raise SiteError(
+            f"{type(model).__name__}: cannot be built from its configuration alone, and its weights are quantised or on the meta "
+            "device, so its structure cannot be inferred; give resolve(model, anatomy=...) a row"
+        )
+    return copy.deepcopy(model).cpu()
+
+
+def example(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of two short sequences without padding, for models that read token ids or spectrograms.
+
+    Raises:
+        SiteError: the model reads something else.
+    """
+    config: Any = model.config
+    rows = torch.Generator().manual_seed(0)
+    name = model.main_input_name
+    batch: dict[str, Tensor] = {}
+    if name == "input_ids":
+        batch[name] = _ids(model, LENGTH, rows)
+    elif name == "input_features" and hasattr(config, "num_mel_bins"):
+        batch[name] = torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions, generator=rows)
+    elif name == "input_features" and hasattr(config, "input_feat_per_channel"):
+        features = config.input_feat_per_channel * config.input_channels
+        batch[name] = torch.randn(BATCH, 8 * LENGTH, features, generator=rows)
+    else:
+        raise SiteError(f"{type(model).__name__} reads {name!r}, for which no example can be made up; give infer or verify a batch")
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = _ids(model, TARGET_LENGTH, rows)
+    return batch
+
+
+def _ids(model: PreTrainedModel, length: int, rows: torch.Generator) -> Tensor:
+    """Ids of pieces that are not special, `[BATCH, length]`, no two alike where the vocabulary allows it."""
+    count = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or model.config.vocab_size)
+    special = {value for name, value in vars(model.config).items() if name.endswith("_token_id") and isinstance(value, int)}
+    ordinary = torch.tensor([index for index in range(min(count, 1024)) if index not in special])
+    if len(ordinary) >= BATCH * length:
+        return ordinary[torch.randperm(len(ordinary), generator=rows)[: BATCH * length]].view(BATCH, length)
+    return ordinary[torch.randint(len(ordinary), (BATCH, length), generator=rows)]
+
+
+def fitting(model: PreTrainedModel, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The given batch on the CPU, or an example."""
+    return example(model) if batch is None else {name: value.cpu() for name, value in batch.items()}
