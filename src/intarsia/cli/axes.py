@@ -1,0 +1,52 @@
+"""How specifications read in a table: where a patch sits, what form and op it has, in few words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from intarsia._codec import encode
+from intarsia.methods import Method, Patch
+
+#: long site patterns that have a name
+SHORT = {"**.norm.{weight,bias}, **.post_norm.{weight,bias}": "layer norms", "**": "every parameter", "**.bias": "biases"}
+
+
+def where_text(patch: Patch) -> str:
+    """The sites of a patch: pattern, port where it is not the output, layers."""
+    where = SHORT.get(patch.at, patch.at)
+    port = {"in": " (input)"}.get(patch.port, "")
+    return f"{where}{port}{f' [{patch.layers}]' if patch.layers else ''}"
+
+
+def spec_text(spec: Any) -> str:
+    """A form, factor or op: its registered name, its settings that are not the defaults, and what it is made of."""
+    coded = encode(spec)
+    nested = {f.name for f in fields(spec) if is_dataclass(getattr(spec, f.name))}
+    plain = ", ".join(f"{k}={_value(v)}" for k, v in coded.items() if k != "type" and k not in nested)
+    inner = "".join(f" of {spec_text(getattr(spec, name))}" for name in sorted(nested))
+    return f"{coded['type']}{f'({plain})' if plain else ''}{inner}"
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def patch_rows(method: Method) -> Iterator[tuple[str, str, str]]:
+    """(where, form, op) of every patch."""
+    for patch in method.patches:
+        yield where_text(patch), spec_text(patch.form), spec_text(patch.op)
+
+
+def method_cells(method: Method) -> tuple[str, str, str]:
+    """(where, form, op) of a whole method; equal entries are shown once."""
+    rows = list(patch_rows(method))
+    if not rows:
+        return "logits", "head", "replace"
+    return tuple("; ".join(dict.fromkeys(column)) for column in zip(*rows))  # type: ignore[return-value]
+
+
+def settings_text(settings: Mapping[str, object]) -> str:
+    """`rank=8, alpha=16`, as one would type it behind `--set`."""
+    return ", ".join(f"{key}={_value(value)}" for key, value in settings.items())

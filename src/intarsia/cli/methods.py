@@ -1,0 +1,122 @@
+"""`intarsia methods`: the table of all methods, and one method in full.  Everything is read from `METHODS`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intarsia.cli.console import Console
+from intarsia.cli.options import AllowNetwork, Config, Settings
+from intarsia.cli.verb import verb
+
+if TYPE_CHECKING:
+    from intarsia.cli.counting import Counter
+    from intarsia.methods import Row
+
+Name = Annotated[str | None, typer.Argument(help="A method; all of them if left out.")]
+OnBase = Annotated[str | None, typer.Option("--base", help="Count on this model: a folder, or a name of `intarsia bases`.")]
+
+
+def register(app: typer.Typer) -> None:
+    verb(app, "methods")(methods)
+
+
+def methods(
+    console: Console,
+    name: Name = None,
+    base: OnBase = None,
+    config: Config = None,
+    set_: Settings = None,
+    allow_network: AllowNetwork = False,
+) -> None:
+    """The methods: where each changes the model, in what form, and what it trains.
+
+    Counts are exact and need no weights; without --base or --config they are those of BERT-base's shape.
+    """
+    from intarsia.cli.counting import counter
+    from intarsia.methods import METHODS
+
+    if name is None:
+        count = counter(base, config, allow_network=allow_network)
+        rows = [describe(row, count, {}) for row in METHODS.values()]
+        console.result({"base": count.name, "parameters": count.total, "methods": rows}, lambda: _all(console, rows, count))
+        return
+    from intarsia.cli.options import parse_settings
+
+    row = METHODS[name]
+    settings = parse_settings(set_, row)
+    count = counter(base, config, allow_network=allow_network)
+    described = describe(row, count, settings)
+    console.result({"base": count.name, "parameters": count.total, **described}, lambda: _one(console, row, described, count))
+
+
+def describe(row: Row, count: Counter, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that is known of a method, as plain values."""
+    from intarsia._codec import encode
+    from intarsia.cli.axes import method_cells
+
+    method = row.build(**settings)
+    where, form, op = method_cells(method)
+    trainable, reason = count(method)
+    return {
+        "name": row.name,
+        "summary": row.summary,
+        "where": where,
+        "form": form,
+        "op": op,
+        "trainable": trainable,
+        "share": None if trainable is None else trainable / count.total,
+        "refused": reason,
+        "equation": row.equation,
+        "source": row.source,
+        "settings": {**row.defaults, **settings},
+        "defaults": row.defaults,
+        "specification": encode(method),
+    }
+
+
+def _all(console: Console, rows: list[dict[str, Any]], count: Counter) -> None:
+    console.table(
+        ["method", "where", "form", "op", "trainable", "%", "source"],
+        [[r["name"], r["where"], r["form"], r["op"], *amount(r), r["source"]] for r in rows],
+    )
+    refusals(console, rows)
+    console.line()
+    console.line(f"Counts: {count.name}, {count.total:,} parameters; without a head, which adds {count.head_text}.")
+    console.line("Next:   intarsia methods NAME --base MODEL      intarsia train --method NAME --set KEY=VALUE ...")
+
+
+def _one(console: Console, row: Row, described: dict[str, Any], count: Counter) -> None:
+    from intarsia.cli.axes import patch_rows, settings_text
+
+    method = row.build(**described["settings"])
+    console.line(f"{row.name}: {row.summary}")
+    console.line(f"  equation   {row.equation}")
+    console.line(f"  source     {row.source}")
+    console.line(f"  settings   {settings_text(described['settings']) or 'none'}")
+    console.line(f"  training   learning rate {method.policy.learning_rate:g}, weight decay {method.policy.decay:g}")
+    if described["refused"]:
+        console.line(f"  trainable  not on {count.name}: {described['refused']}")
+    else:
+        number, share = amount(described)
+        console.line(f"  trainable  {number:,} of {count.total:,} ({share} %) on {count.name}; a head adds {count.head_text}")
+    rows = list(patch_rows(method))
+    if rows:
+        console.heading("It changes the model at")
+        console.table(["where", "form", "op"], rows)
+
+
+def amount(described: dict[str, Any]) -> tuple[int | None, str]:
+    """Trainable parameters and their per cent of the base."""
+    number = described["trainable"]
+    return number, "-" if number is None else f"{100 * described['share']:.3f}"
+
+
+def refusals(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Why methods without a count cannot be had on this model."""
+    refused = [r for r in rows if r["refused"]]
+    if refused:
+        console.line()
+    for row in refused:
+        console.line(f"{row['name']}: {row['refused']}")
