@@ -203,8 +203,9 @@ def _weighted_correlation(x: Array, y: Array, weights: Array) -> Array:
 
 def _standard(x: Array) -> Array:
     """Centred and scaled, which no correlation notices and rounding does."""
+    x = x / (np.abs(x).max() or 1.0)
     scale = x.std()
-    return (x - x.mean()) / (scale if scale > 1e-12 * np.abs(x).max(initial=1e-300) else np.inf)
+    return (x - x.mean()) / (scale if scale > 1e-12 else np.inf)
 
 
 def _pearson(predictions: Sequence[Any], references: Sequence[Any]) -> Sample:
