@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ LARGEST_MANIFEST = 1 << 20
 WAIT_SECONDS = 600
 #: start of the names of folders that are being built or thrown away
 BUILDING = ".building-"
+#: such a folder without a change for this long was left by a builder that was killed
+STALE_SECONDS = 3600
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +146,7 @@ def ensure(
     Raises:
         BaseError: the entry is absent or damaged and cannot be built, or the cache cannot be written.
     """
+    _sweep(target.parent)
     if target.is_dir() and problem(target, facts, thorough=verify) is None:
         return []
     if build is None:
@@ -161,6 +165,17 @@ def ensure(
         ) from error
 
 
+def _sweep(parent: Path) -> None:
+    """Remove what killed builders left; by age, since a lock that does not work cannot tell who is alive."""
+    for left in parent.glob(f"{BUILDING}*"):
+        try:
+            old = time.time() - left.stat().st_mtime > STALE_SECONDS
+        except OSError:  # its builder has just finished
+            continue
+        if old:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _build(target: Path, facts: dict[str, Any], build: Callable[[Path], None], verify: bool) -> list[str]:
     done = []
     if target.exists():
@@ -169,9 +184,6 @@ def _build(target: Path, facts: dict[str, Any], build: Callable[[Path], None], v
             return []
         log.warning("the cached copy %s is damaged (%s) and is built again", target, reason)
         done.append(f"the cached copy was damaged ({reason}) and was built again")
-    # all builders of this entry hold the lock, so what lies about was left by one that was killed
-    for left in target.parent.glob(f"{BUILDING}{target.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
     work = target.parent / f"{BUILDING}{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
     work.mkdir()
     try:
