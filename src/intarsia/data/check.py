@@ -212,7 +212,7 @@ def _judge_overlaps(overlaps: Iterable[Overlap], warnings: list[str], errors: li
     for o in overlaps:
         line = (
             f"{o.normalised} of {o.rows} rows of {o.second} ({percent(o.share)}) also occur in {o.first} "
-            f"({o.exact} exactly), e.g. {listing(o.places, 1)}"
+            f"({o.exact} exactly), e.g. {next(iter(o.places), None)}"
         )
         _judge(o.share, OVERLAP, line, warnings, errors)
 
@@ -269,7 +269,7 @@ def _judge_split(split: SplitReport, max_length: int | None, warnings: list[str]
         ),
         (
             split.contradictions > 0,
-            lambda: f"{split.contradictions} texts of {name} have more than one label, e.g. {listing(split.contradiction_places, 1)}",
+            lambda: f"{split.contradictions} texts of {name} have more than one label, e.g. {next(iter(split.contradiction_places), None)}",
         ),
     ]
     warnings.extend(line() for found, line in findings if found)
