@@ -9,8 +9,9 @@
 from intarsia.sites.address import LayerKind, Port, Selection, Site, SiteMap, View, layer_indices, matches
 from intarsia.sites.anatomy import Anatomy, Fused, Stack
 from intarsia.sites.fingerprint import Fingerprint, fingerprint
-from intarsia.sites.infer import Disagreement, infer, verify
+from intarsia.sites.infer import infer
 from intarsia.sites.resolve import anatomy_of, resolve
+from intarsia.sites.verify import Disagreement, verify
 
 __all__ = [
     "Anatomy",

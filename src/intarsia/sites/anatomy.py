@@ -157,7 +157,7 @@ _ALBERT = Stack(
     roles={
         **_under("attention", {"attn.q": "query", "attn.k": "key", "attn.v": "value", "attn.o": "dense"}),
         **_under("attention", {"attn": "output_dropout", "attn.norm": "LayerNorm"}),
-        **{"ffn.up": "ffn", "ffn.down": "ffn_output", "ffn": "ffn_output", "ffn.norm": "full_layer_layer_norm"},
+        "ffn.up": "ffn", "ffn.down": "ffn_output", "ffn": "ffn_output", "ffn.norm": "full_layer_layer_norm",
     },
     around={
         **_BERT.around,
@@ -171,8 +171,8 @@ _DISTILBERT = Stack(
     order="post",
     roles={
         **_under("attention", {"attn.q": "q_lin", "attn.k": "k_lin", "attn.v": "v_lin", "attn.o": "out_lin"}),
-        **{"attn": "attention", "attn.norm": "sa_layer_norm"},
-        **{"ffn.up": "ffn.lin1", "ffn.down": "ffn.lin2", "ffn": "ffn", "ffn.norm": "output_layer_norm"},
+        "attn": "attention", "attn.norm": "sa_layer_norm",
+        "ffn.up": "ffn.lin1", "ffn.down": "ffn.lin2", "ffn": "ffn", "ffn.norm": "output_layer_norm",
     },
     around={word: path for word, path in _BERT.around.items() if word not in ("embed.type", "pooler")},
 )
@@ -197,8 +197,8 @@ _MODERNBERT = Stack(
     blocks="layers",
     order="pre",
     roles={
-        **{"attn.qkv": "attn.Wqkv", "attn.o": "attn.Wo", "attn": "attn", "attn.norm": "attn_norm"},
-        **{"ffn.gate_up": "mlp.Wi", "ffn.down": "mlp.Wo", "ffn": "mlp", "ffn.norm": "mlp_norm"},
+        "attn.qkv": "attn.Wqkv", "attn.o": "attn.Wo", "attn": "attn", "attn.norm": "attn_norm",
+        "ffn.gate_up": "mlp.Wi", "ffn.down": "mlp.Wo", "ffn": "mlp", "ffn.norm": "mlp_norm",
     },
     around={"embed": "embeddings.tok_embeddings", "embed.norm": "embeddings.norm", "final.norm": "final_norm"},
     fused={"attn.qkv": Fused(("q", "k", "v")), "ffn.gate_up": Fused(("gate", "up"))},
@@ -217,10 +217,10 @@ _GPT2 = Stack(
     blocks="h",
     order="pre",
     roles={
-        **{"attn.qkv": "attn.c_attn", "attn.o": "attn.c_proj", "attn": "attn", "attn.norm": "ln_1"},
+        "attn.qkv": "attn.c_attn", "attn.o": "attn.c_proj", "attn": "attn", "attn.norm": "ln_1",
         **_under("crossattention", {"xattn.q": "q_attn?", "xattn.kv": "c_attn?", "xattn.o": "c_proj?"}),
-        **{"xattn": "crossattention?", "xattn.norm": "ln_cross_attn?"},
-        **{"ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj", "ffn": "mlp", "ffn.norm": "ln_2"},
+        "xattn": "crossattention?", "xattn.norm": "ln_cross_attn?",
+        "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj", "ffn": "mlp", "ffn.norm": "ln_2",
     },
     around={"embed": "wte", "embed.position": "wpe", "final.norm": "ln_f"},
     fused={"attn.qkv": Fused(("q", "k", "v")), "xattn.kv": Fused(("k", "v"))},
@@ -230,9 +230,9 @@ _LLAMA = Stack(
     order="pre",
     roles={
         **_under("self_attn", {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.o": "o_proj"}),
-        **{"attn": "self_attn", "attn.norm": "input_layernorm"},
+        "attn": "self_attn", "attn.norm": "input_layernorm",
         **_under("mlp", {"ffn.gate": "gate_proj", "ffn.up": "up_proj", "ffn.down": "down_proj"}),
-        **{"ffn": "mlp", "ffn.norm": "post_attention_layernorm"},
+        "ffn": "mlp", "ffn.norm": "post_attention_layernorm",
     },
     around={"embed": "embed_tokens", "final.norm": "norm"},
 )
@@ -241,33 +241,33 @@ _GEMMA2 = _with(
     _LLAMA,
     order="sandwich",
     roles={
-        **{"attn": "post_attention_layernorm", "attn.out.norm": "post_attention_layernorm"},
-        **{"ffn.norm": "pre_feedforward_layernorm"},
-        **{"ffn": "post_feedforward_layernorm", "ffn.out.norm": "post_feedforward_layernorm"},
+        "attn": "post_attention_layernorm", "attn.out.norm": "post_attention_layernorm",
+        "ffn.norm": "pre_feedforward_layernorm",
+        "ffn": "post_feedforward_layernorm", "ffn.out.norm": "post_feedforward_layernorm",
     },
 )
 _OLMO2 = _with(
     _LLAMA,
     order="out",
     roles={
-        **{"attn": "post_attention_layernorm", "attn.norm": "post_attention_layernorm"},
-        **{"ffn": "post_feedforward_layernorm", "ffn.norm": "post_feedforward_layernorm"},
+        "attn": "post_attention_layernorm", "attn.norm": "post_attention_layernorm",
+        "ffn": "post_feedforward_layernorm", "ffn.norm": "post_feedforward_layernorm",
         **_QK_NORM,
     },
 )
 _PHI3 = _with(
     _LLAMA,
     roles={
-        **{"attn.q": None, "attn.k": None, "attn.v": None, "attn.qkv": "self_attn.qkv_proj", "attn": "resid_attn_dropout"},
-        **{"ffn.gate": None, "ffn.up": None, "ffn.gate_up": "mlp.gate_up_proj", "ffn": "resid_mlp_dropout"},
+        "attn.q": None, "attn.k": None, "attn.v": None, "attn.qkv": "self_attn.qkv_proj", "attn": "resid_attn_dropout",
+        "ffn.gate": None, "ffn.up": None, "ffn.gate_up": "mlp.gate_up_proj", "ffn": "resid_mlp_dropout",
     },
     fused={"attn.qkv": Fused(("q", "k", "v")), "ffn.gate_up": Fused(("gate", "up"))},
 )
 _MIXTRAL = _with(
     _LLAMA,
     roles={
-        **{"ffn.gate": None, "ffn.up": None, "ffn.down": None},
-        **{"ffn.experts": "mlp.experts", "ffn.router": "mlp.gate"},
+        "ffn.gate": None, "ffn.up": None, "ffn.down": None,
+        "ffn.experts": "mlp.experts", "ffn.router": "mlp.gate",
     },
 )
 _NEOX = Stack(
@@ -275,10 +275,10 @@ _NEOX = Stack(
     order="pre",
     parallel=True,
     roles={
-        **{"attn.qkv": "attention.query_key_value", "attn.o": "attention.dense"},
-        **{"attn": "post_attention_dropout", "attn.norm": "input_layernorm"},
-        **{"ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h"},
-        **{"ffn": "post_mlp_dropout", "ffn.norm": "post_attention_layernorm"},
+        "attn.qkv": "attention.query_key_value", "attn.o": "attention.dense",
+        "attn": "post_attention_dropout", "attn.norm": "input_layernorm",
+        "ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h",
+        "ffn": "post_mlp_dropout", "ffn.norm": "post_attention_layernorm",
     },
     around={"embed": "embed_in", "final.norm": "final_layer_norm"},
     fused={"attn.qkv": Fused(("q", "k", "v"), by_head=True)},
@@ -288,10 +288,10 @@ _BLOOM = Stack(
     blocks="h",
     order="pre",
     roles={
-        **{"attn.qkv": "self_attention.query_key_value", "attn.o": "self_attention.dense"},
-        **{"attn": "self_attention.dense", "attn.norm": "input_layernorm"},
-        **{"ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h"},
-        **{"ffn": "mlp.dense_4h_to_h", "ffn.norm": "post_attention_layernorm"},
+        "attn.qkv": "self_attention.query_key_value", "attn.o": "self_attention.dense",
+        "attn": "self_attention.dense", "attn.norm": "input_layernorm",
+        "ffn.up": "mlp.dense_h_to_4h", "ffn.down": "mlp.dense_4h_to_h",
+        "ffn": "mlp.dense_4h_to_h", "ffn.norm": "post_attention_layernorm",
     },
     around={"embed": "word_embeddings", "embed.norm": "word_embeddings_layernorm", "final.norm": "ln_f"},
     fused={"attn.qkv": Fused(("q", "k", "v"), by_head=True)},
@@ -301,8 +301,8 @@ _FAIRSEQ = Stack(
     order="pre",
     roles={
         **_under("self_attn", {"attn.q": "q_proj", "attn.k": "k_proj", "attn.v": "v_proj", "attn.o": "out_proj"}),
-        **{"attn": "self_attn", "attn.norm": "self_attn_layer_norm"},
-        **{"ffn.up": "fc1", "ffn.down": "fc2", "ffn": "fc2", "ffn.norm": "final_layer_norm"},
+        "attn": "self_attn", "attn.norm": "self_attn_layer_norm",
+        "ffn.up": "fc1", "ffn.down": "fc2", "ffn": "fc2", "ffn.norm": "final_layer_norm",
     },
 )
 _OPT = _with(
@@ -321,7 +321,7 @@ _XGLM = _with(
 
 _CROSS = {
     **_under("encoder_attn", {"xattn.q": "q_proj", "xattn.k": "k_proj", "xattn.v": "v_proj", "xattn.o": "out_proj"}),
-    **{"xattn": "encoder_attn", "xattn.norm": "encoder_attn_layer_norm"},
+    "xattn": "encoder_attn", "xattn.norm": "encoder_attn_layer_norm",
 }
 
 

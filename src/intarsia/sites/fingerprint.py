@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ class Fingerprint:
         kinds: dict[str, tuple[type, ...]] = {
             **dict.fromkeys(("architecture", "shapes", "weights", "dtype"), (str,)),
             **dict.fromkeys(("quantisation", "tokenizer"), (str, type(None))),
-            **{"layers": (list, tuple), "width": (int,), "vocabulary": (int,)},
+            **dict.fromkeys(("width", "vocabulary"), (int,)),
+            "layers": (list, tuple),
         }
         if not isinstance(value, Mapping) or set(value) != set(kinds):
             found = sorted(value) if isinstance(value, Mapping) else type(value).__name__
@@ -112,7 +113,8 @@ class Fingerprint:
                 raise ValueError(f"fingerprint: {name} is {type(value[name]).__name__}, expected {allowed[0].__name__}")
         if not all(type(count) is int for count in value["layers"]):
             raise ValueError("fingerprint: layers is not a list of integers")
-        return cls(**{f.name: tuple(value[f.name]) if f.name == "layers" else value[f.name] for f in fields(cls)})
+        plain: dict[str, Any] = {**value, "layers": tuple(value["layers"])}
+        return cls(**plain)
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: Any = None) -> Fingerprint:

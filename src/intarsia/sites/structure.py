@@ -9,12 +9,11 @@ import inspect
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from intarsia.errors import SiteError
 
@@ -91,13 +90,8 @@ def calls_interface(attention: nn.Module) -> bool:
     Read from the names its methods use, so no forward is needed.  Where it is False, keys and values cannot be
     reached from outside (DeBERTa-v2, BLOOM, XGLM).
     """
-    return _class_calls_interface(type(attention))
-
-
-@lru_cache(maxsize=256)
-def _class_calls_interface(attention: type) -> bool:
-    for owner in attention.__mro__:
-        if owner is nn.Module:
+    for owner in type(attention).__mro__:
+        if owner in (PreTrainedModel, nn.Module):
             return False
         for member in vars(owner).values():
             code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None

@@ -166,7 +166,8 @@ def trace(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Trace:
     also after an exception.
     """
     probe = f"intarsia_probe_{next(_numbers)}"
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    asked = any(structure.calls_interface(module) for module in model.modules())  # others branch on the names they know
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if asked and hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     implementation = model.config._attn_implementation or "eager"
     masks = ALL_MASK_ATTENTION_FUNCTIONS[implementation]

@@ -46,6 +46,7 @@ def _from_config(model: PreTrainedModel) -> PreTrainedModel | None:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config._attn_implementation = None  # let the class choose: the model's own may need a GPU, or intarsia's sockets
     try:
         for name in DEPTHS:
             if isinstance(depth := getattr(config, name, None), int) and depth > DEPTH:
@@ -69,7 +70,9 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__}: cannot be built from its configuration alone, and its weights are quantised or on the meta "
             "device, so its structure cannot be inferred; give resolve(model, anatomy=...) a row"
         )
-    return copy.deepcopy(model).cpu()
+    made = copy.deepcopy(model).cpu()
+    made.set_attn_implementation("eager")
+    return made
 
 
 def example(model: PreTrainedModel) -> dict[str, Tensor]:
