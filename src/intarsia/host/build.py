@@ -36,11 +36,12 @@ class Built:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor (parameters and stored buffers) by its name in a module file."""
-        shared = {id(part): tag for tag, part in self.shared.items()}
         found: dict[str, Tensor] = {}
         for site, deltas in self.deltas:
             for delta in deltas:
-                _collect(delta.form, f"{site.name}/{delta.name}.", shared, found)
+                _collect(delta.form, f"{site.name}/{delta.name}.", found)
+        for tag, part in self.shared.items():
+            _collect(part, f"tied/{tag}.", found)
         return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -48,16 +49,10 @@ class Built:
         return {k: t for k, t in self.tensors().items() if isinstance(t, nn.Parameter)}
 
 
-def _collect(module: nn.Module, prefix: str, shared: dict[int, str], found: dict[str, Tensor]) -> None:
-    """Tensors of a module tree; a shared part is stored once, under its tag."""
-    if id(module) in shared:
-        prefix = f"tied/{shared[id(module)]}."
-    for name, value in (*module._parameters.items(), *module._buffers.items()):
-        if value is not None and name not in module._non_persistent_buffers_set:
-            found[prefix + name] = value
-    for name, child in module._modules.items():
-        if child is not None:
-            _collect(child, f"{prefix}{name}.", shared, found)
+def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
+    """Stored tensors of a module tree."""
+    for name, value in module.state_dict(keep_vars=True).items():
+        found[prefix + name] = value
 
 
 def seed_of(seed: int, *words: str) -> int:

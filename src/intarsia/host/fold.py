@@ -7,7 +7,8 @@ on its output, then what rescales its input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from intarsia.compose import Expr
 from intarsia.compose.algebra import Terms
 from intarsia.errors import CompositionError
+from intarsia.host.build import weight_of
 from intarsia.host.socket import Slot, cut, paste
 from intarsia.patches import Delta, Linear, WhyNot
 from intarsia.sites.address import Site, SiteMap
@@ -64,24 +66,41 @@ class _FoldAt:
         return change
 
 
-def why_not_foldable(e: Expr, slots: Sequence[tuple[Site, Slot]]) -> str | None:
+def why_not_foldable(
+    e: Expr, slots: Sequence[tuple[Site, Slot]], module_at: Callable[[str], nn.Module]
+) -> str | None:
     """The first reason why an expression has no folded form, None if it has one."""
     names = {r.name for r in e.refs()}
     for site, slot in slots:
-        if names.isdisjoint(slot.names):
+        mine = sorted(names & slot.names)
+        if not mine:
             continue
         if site.port not in _ORDER:
             return f"{site.name}: port {site.port!r} is not a change of any weight"
-        for name in sorted(names & slot.names):
-            for delta in slot.of(name):
-                if site.port == "out" and site.name.split(".")[-1] not in ("q", "k", "v", "o", "gate", "up", "down", "qkv", "gate_up"):
-                    return f"{site.name}: what is added here passes no linear layer it could be part of"
-                value = delta.form.constant()
-                if isinstance(value, WhyNot):
-                    value = delta.form.as_linear()  # type: ignore[assignment]
-                if isinstance(value, WhyNot):
-                    return f"{site.name}: {value.reason}"
+        module = module_at(site.path)
+        if site.port != "weight" and not _is_linear(module):
+            return f"{site.name}: what enters here passes no linear layer it could be part of"
+        for delta in (d for name in mine for d in slot.of(name)):
+            change = delta.fold(_blank(site, module))
+            if isinstance(change, WhyNot):
+                return f"{site.name}: {change.reason}"
+            if site.port != "weight" and change.bias is not None and module._parameters.get("bias") is None:
+                return f"{site.name}: the layer has no bias, and a checkpoint of this architecture could not hold one"
     return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+
+
+def _blank(site: Site, module: nn.Module) -> Linear:
+    """The affine map at a site, for asking what a change of it would be."""
+    if site.port == "weight":
+        return Linear(weight_of(site, lambda _: module), None)
+    bias = module._parameters.get("bias")
+    cut_bias = bias if bias is None or site.view is None or site.port == "in" else cut(bias, site, dim=0)
+    return Linear(weight_of(replace(site, view=None if site.port == "in" else site.view), lambda _: module), cut_bias)
 
 
 @torch.no_grad()

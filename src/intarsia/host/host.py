@@ -34,7 +34,7 @@ from intarsia.host.call import CALLS, Call, Child, State
 from intarsia.host.fold import fold, why_not_foldable
 from intarsia.host.output import Root
 from intarsia.host.sequence import DecoderMask, SequenceSocket
-from intarsia.host.socket import Slot, Socket, Tap
+from intarsia.host.socket import Slot, Socket, Tap, key_of
 from intarsia.host.weights import WeightSocket, slot_key
 from intarsia.methods import Method
 from intarsia.modules import Card, Module, check_name
@@ -248,6 +248,7 @@ class Host:
         if self._state.rest is not None and name in self._state.rest.names:
             raise CompositionError(f"module {name!r} is part of the resting expression; host.rest(None) first")
         del self._entries[name]
+        self._root._modules.pop(key_of(name), None)
         for host, key in self._record.children:
             child = host._modules[key]
             slots = child.slots.values() if isinstance(child, Socket | WeightSocket) else [getattr(child, "slot", None)]
@@ -268,6 +269,8 @@ class Host:
         method, tensors = entry.method, entry.built.tensors()
         if flatten:
             method, tensors = flattened(entry)
+            kept = self._build(method, 0, meta=True).tensors()  # parts tied to forms that are gone are gone too
+            tensors = {k: t for k, t in tensors.items() if k in kept}
         return Module(
             name=name,
             method=method,
@@ -326,10 +329,15 @@ class Host:
 
     def _attach(self, name: str, entry: Entry) -> None:
         """Put a module's deltas into sockets; nothing here can be refused any more except by the model's attention."""
+        if self._fingerprint is None and not any(p.is_meta for p in self.model.parameters()):
+            self._fingerprint = fingerprint(self.model, self.tokenizer)  # now: later the base may be sharded
         sites = [site for site, _ in entry.built.deltas]
         if any(site.port == "mem" for site in sites):
             self._route_attention()
         self._entries[name] = entry
+        if entry.built.shared:
+            parts = nn.ModuleDict({key_of(tag): part for tag, part in entry.built.shared.items()})
+            self._root.add_module(key_of(name), parts)
         for site, deltas in entry.built.deltas:
             slot = self._slot(site)
             for delta in deltas:
@@ -496,7 +504,7 @@ class Host:
     def why_not_foldable(self, expression: Expression) -> str | None:
         """The first reason why an expression cannot be folded into the base's weights, None if it can."""
         one = self.call(expression).exprs[0]
-        return why_not_foldable(one, self._slots())
+        return why_not_foldable(one, self._slots(), self.model.get_submodule)
 
     def fold(self, expression: Expression, *, drop_head: bool = False) -> PreTrainedModel:
         """A copy of the base with the change inside: a plain transformers model without hooks.
@@ -515,7 +523,7 @@ class Host:
                 "keep the head as a module"
             )
         slots = [(s, slot) for s, slot in self._slots() if s.port != "logits"]
-        reason = why_not_foldable(one, slots)
+        reason = why_not_foldable(one, slots, self.model.get_submodule)
         if reason:
             raise CompositionError(f"{one} cannot be folded: {reason}")
         bare = copy.deepcopy(self.model)
@@ -606,14 +614,8 @@ def flattened(entry: Entry) -> tuple[Method, dict[str, Tensor]]:
             if specs.setdefault(delta.name, spec) != spec:
                 raise SpecError(f"patch {delta.name!r} exports to different forms at different sites")
             tensors.update({prefix + k: t for k, t in plain.items()})
-    used = any(n not in specs for n in {d.name for _, ds in entry.built.deltas for d in ds})
-    if used and not specs:
-        return entry.method, keep
     patches = tuple(replace(p, form=specs.get(p.name, p.form)) for p in entry.method.patches)
-    # parts tied to forms that stayed as they are
-    rebuilt = replace(entry.method, patches=patches)
-    tied = {k: t for k, t in keep.items() if k.startswith("tied/")} if not specs else {}
-    return rebuilt, {**tensors, **tied}
+    return replace(entry.method, patches=patches), {**keep, **tensors}
 
 
 def fill(built: Built, module: Module) -> None:

@@ -54,11 +54,13 @@ class GeneratedAttendForm(Form):
         self, trunk: PrefixTrunk, weight: nn.Parameter, bias: nn.Parameter, heads: tuple[int, int], spec: Attend
     ) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.__dict__["trunk"] = trunk  # tied parts are registered once, by who carries the module (see `Place.tied`)
         self.weight = weight
         self.bias = bias
         self.heads = heads
         self.spec = spec
+
+    trunk: PrefixTrunk
 
     def block(self) -> MemoryBlock:
         """[P, 2 * H * d_head] cut into keys and values per head."""

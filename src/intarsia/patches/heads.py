@@ -53,9 +53,10 @@ class HeadForm(Form):
         self.weight = weight
         self.bias = bias
         self.spec = spec
-        d = weight.shape[1]
-        self.register_buffer("mean", torch.zeros(d, dtype=weight.dtype, device=weight.device))
-        self.register_buffer("scale", torch.ones(d, dtype=weight.dtype, device=weight.device))
+        if spec.standardise:
+            d = weight.shape[1]
+            self.register_buffer("mean", torch.zeros(d, dtype=weight.dtype, device=weight.device))
+            self.register_buffer("scale", torch.ones(d, dtype=weight.dtype, device=weight.device))
         self.mean: Tensor
         self.scale: Tensor
 
@@ -71,7 +72,9 @@ class HeadForm(Form):
             self.scale.copy_(1.0 / deviation.clamp(min=float(deviation.mean()) * 1e-2 + 1e-12))
 
     def forward(self, h: Any, seen: Seen) -> Tensor:
-        x = (self.features(seen.input, seen.mask) - self.mean) * self.scale
+        x = self.features(seen.input, seen.mask)
+        if self.spec.standardise:
+            x = (x - self.mean) * self.scale
         return F.linear(dropped(x, self.spec.dropout, self.training), self.weight, self.bias)
 
     def export(self) -> tuple[Head, dict[str, Tensor]] | None:

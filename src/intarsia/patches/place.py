@@ -43,7 +43,11 @@ class Place:
     device: torch.device = torch.device("cpu")
 
     def tied(self, key: Hashable, build: Callable[[], T]) -> T:
-        """Return the part stored under `key`, building it at the first call of this module."""
+        """Return the part stored under `key`, building it at the first call of this module.
+
+        A form keeps the part in its `__dict__`, not as a child: tied parts belong to the model's root, so that sharding
+        by blocks does not meet one parameter in two groups.
+        """
         if key not in self.shared:
             self.shared[key] = build()
         return self.shared[key]  # type: ignore[return-value]

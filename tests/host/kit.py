@@ -1,0 +1,123 @@
+"""What the host's tests share: small settings per method, hosts with two modules, random tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intarsia.host import Host
+from intarsia.methods import METHODS, Method, build
+from intarsia.patches import Head
+from tests import zoo
+
+SMALL: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4},
+    "houlsby": {"width": 4},
+    "pfeiffer": {"reduction": 4},
+    "prompt": {"length": 3},
+    "prefix": {"length": 3, "reparameterise": 8},
+    "freeze_k": {"k": 1},
+}
+#: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
+EXACT = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel")
+NEAR = ("houlsby", "pfeiffer")
+FOLDABLE = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3")
+BIAS_FREE = ("llama", "llama-tied", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "t5", "mt5")
+NO_MEMORY = ("deberta-v2", "deberta-v3", "bloom", "xglm")
+NO_TOKENS = ("speech_to_text", "whisper")
+METHOD_NAMES = tuple(METHODS)
+
+
+def small(name: str, family: str = "") -> Method:
+    """A method in test size; `head` with three labels; BitFit creates biases where a family has none."""
+    settings = dict(SMALL.get(name, {}))
+    if name == "bitfit" and family in BIAS_FREE:
+        settings["create"] = True
+    method = build(name, **settings)
+    return method.with_head(Head(("a", "b", "c"), dropout=0.0)) if name == "head" else method
+
+
+def lacks(family: str, name: str) -> bool:
+    """Whether a family has no port for a method (it must then refuse)."""
+    return (
+        (name == "prefix" and family in NO_MEMORY)
+        or (name == "prompt" and family in NO_TOKENS)
+        or (name == "ia3" and family == "mixtral")
+    )
+
+
+def disturb(host: Host, name: str, seed: int = 0, size: float = 0.1) -> None:
+    """Move a module away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in host.parameters(name).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def woven(family: str, method: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Tensor], Host]:
+    """A tiny model with modules `a` and `b` of a method, both away from their start."""
+    model, inputs = zoo.make(family, **options)
+    host = Host(model)
+    for seed, name in enumerate("ab"):
+        host.add(name, small(method, family), seed=seed)
+        disturb(host, name, seed)
+    return model, inputs, host
+
+
+def answer(output: Any) -> Tensor:
+    """What a model answers: logits, or hidden states without a head."""
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def run(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """A forward without gradients and without a cache."""
+    if model.config.is_encoder_decoder or model.can_generate():
+        options.setdefault("use_cache", False)
+    with torch.no_grad():
+        return answer(model(**inputs, **options))
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Training mode that is deterministic."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "attention_probs_dropout_prob", "layerdrop", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@functools.cache
+def reference(family: str) -> Tensor:
+    """The bare model's answer."""
+    return run(*zoo.make(family))
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything about a model that closing a host must restore."""
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "modules": [(n, type(m)) for n, m in model.named_modules()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": [
+            sum(len(h) for h in (m._forward_hooks, m._forward_pre_hooks, m._forward_hooks_with_kwargs,
+                                 m._forward_pre_hooks_with_kwargs, m._forward_hooks_always_called, m._backward_hooks))
+            for m in model.modules()
+        ],
+        "attributes": [sorted(k for k in vars(m) if not k.startswith("_")) for m in model.modules()],
+        "config": model.config.to_dict() | {"attention": model.config._attn_implementation},
+    }  # fmt: skip
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Bitwise equality of two states."""
+    weights = a["weights"].keys() == b["weights"].keys() and all(
+        torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"]
+    )
+    return weights and all(a[k] == b[k] for k in a if k != "weights")
