@@ -92,7 +92,7 @@ def test_overlap_thresholds(leaked: int, kind: str | None) -> None:
 
 
 def test_overlaps_of_all_pairs_exact_and_normalised() -> None:
-    train, dev, test = table(["a b", "c"]), table(["A  B.", "d"], source="dev.tsv"), table(["c", "d", "e"], source="test.tsv")
+    train, dev, test = table(["ab", "c"]), table(["A  B.", "d"], source="dev.tsv"), table(["c", "d", "e"], source="test.tsv")
     found = {(o.first, o.second): (o.exact, o.normalised) for o in check(train, dev, test).overlaps}
     assert found == {("train", "dev"): (0, 1), ("train", "test"): (1, 1), ("dev", "test"): (1, 1)}
 
