@@ -91,13 +91,11 @@ class WeightSocket(Child):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: lend."""
-        call = self.state.current()
-        if call is None or not self.active(call):
-            return
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # also without a call of one's own: another thread may be lending
             self.lock.acquire()
             self.__dict__["holder"] = threading.get_ident()
-        if call.rows is None:
+        call = self.state.current()
+        if call is not None and call.rows is None and self.active(call):
             self._lend(call, 0)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
