@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from intarsia.bases import BASES, cache as cache_module
+from intarsia.bases import BASES
+from intarsia.bases import cache as cache_module
 from intarsia.bases.cache import cache_root, ensure, entry_path, problem
 from intarsia.bases.resolve import resolve
 from intarsia.bases.rows import EmbeddedBase
@@ -156,7 +157,7 @@ def test_the_copy_outlives_the_package(tiny: EmbeddedBase, tmp_path: Path) -> No
     assert tiny.locate() is None
     assert find("tiny-e5", verify=True) == first
     (first / "model.safetensors").write_bytes(b"")
-    with pytest.raises(BaseError, match="model.safetensors has 0 bytes"):
+    with pytest.raises(BaseError, match=r"model\.safetensors has 0 bytes"):
         find("tiny-e5")
 
 

@@ -16,6 +16,7 @@ import struct
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from itertools import product
 
 #: `Precompiled` looks up a grapheme cluster as a whole only below this many bytes
@@ -34,19 +35,24 @@ def with_compositions(singles: Mapping[str, str]) -> dict[str, str]:
         if len(plain) == 1:
             variants[plain].add(char)
     table = dict(singles)
-    for char in map(chr, (*range(0xD800), *range(0xE000, 0x110000))):
-        parts = unicodedata.normalize("NFKD", char)
-        # three code points at most fit below six bytes once one of them is a combining mark
-        if not 2 <= len(parts) <= 3:
-            continue
-        composed = unicodedata.normalize("NFC", parts)
-        if composed == parts:
-            continue
+    for parts, composed in _compositions():
         for spelled in product(*({part} | variants[part] for part in parts)):
             key = "".join(spelled)
             if key != composed and len(key.encode()) < WHOLE:
                 table[key] = composed
     return {key: value for key, value in table.items() if len(key) < 3 or _piecewise(key, table) != value}
+
+
+@cache
+def _compositions() -> tuple[tuple[str, str], ...]:
+    """Every compatibility decomposition of two or three code points that composes to something else."""
+    found: dict[str, str] = {}
+    for char in map(chr, (*range(0xD800), *range(0xE000, 0x110000))):
+        parts = unicodedata.normalize("NFKD", char)
+        # more code points do not fit below six bytes, since one of them is a combining mark of two
+        if 2 <= len(parts) <= 3:
+            found[parts] = unicodedata.normalize("NFC", parts)
+    return tuple((parts, composed) for parts, composed in found.items() if parts != composed)
 
 
 def _piecewise(key: str, table: Mapping[str, str]) -> str:
