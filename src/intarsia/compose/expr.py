@@ -56,10 +56,11 @@ class Expr:
         change = self.change(h, at)
         return h if change is None else at.algebra.join(h, change)
 
-    def __rshift__(self, other: Expr | str) -> Seq:
-        return Seq((*_parts(self, Seq), *_parts(expr(other), Seq)))
+    def __rshift__(self, other: Expr | str) -> Expr:
+        parts = (*_parts(self, Seq), *_parts(expr(other), Seq))
+        return parts[0] if len(parts) == 1 else Seq(parts)
 
-    def __rrshift__(self, other: str) -> Seq:
+    def __rrshift__(self, other: str) -> Expr:
         return expr(other) >> self
 
     def __add__(self, other: Expr | str) -> Mix:
