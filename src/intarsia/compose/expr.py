@@ -175,7 +175,10 @@ def average(*members: Expr | str) -> Mix:
     """Equal weights that sum to one: `average(a, a)` is `a`."""
     if not members:
         raise CompositionError("average() needs at least one member")
-    return Mix(tuple(expr(m) for m in members), (1.0 / len(members),) * len(members))
+    first, *others = (expr(m) * (1.0 / len(members)) for m in members)
+    for other in others:
+        first = first + other
+    return first
 
 
 def expr(value: Expr | str) -> Expr:
