@@ -1,0 +1,68 @@
+"""One of several processes of a training: `python -m tests.train.worker OUT JOB [SETTINGS]`, started by `launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(world: int, *arguments: str, timeout: float = 240) -> list[str]:
+    """Run `world` processes of this file that know each other; returns what each printed, fails if one failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(world):
+        env = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.train.worker", *arguments]
+        running.append(subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    found = []
+    try:
+        for process in running:
+            found.append(process.communicate(timeout=timeout)[0])
+    finally:
+        for process in running:
+            process.kill()
+    for process, text in zip(running, found):
+        assert process.returncode == 0, text[-4000:]
+    return found
+
+
+def update(kind: str, **settings: Any) -> dict[str, Any]:
+    """What training changes in each tensor of a new module."""
+    import torch
+
+    from intarsia.train import Recipe, train
+    from tests.train import make
+
+    rows = settings.pop("rows", 16)
+    host, task = make.host(kind)
+    recipe = Recipe(**{"learning_rate": 0.3, "head_learning_rate": 0.3, "optimiser": "sgd", "clip": None, "warmup": 0.0,
+                       "schedule": "constant", "epochs": 1, **settings})  # fmt: skip
+    start = {key: tensor.detach().clone() for key, tensor in host.tensors("m").items()}
+    result = train(host, "m", task, make.table(rows), recipe=recipe)
+    # the calibrated centre and scale of a head are measured, not trained
+    return {key: tensor - start[key] for key, tensor in result.module.tensors.items() if not torch.equal(tensor, start[key])}
+
+
+def main(out: str, jobs: str) -> None:
+    """Compute updates and write them (process 0)."""
+    import torch
+
+    torch.set_num_threads(1)
+    found = {name: update(**job) for name, job in json.loads(jobs).items()}
+    torch.save(found, f"{out}.{os.environ['RANK']}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
