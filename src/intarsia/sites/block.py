@@ -13,7 +13,7 @@ from intarsia.sites.draft import Draft, Role
 from intarsia.sites.structure import join, parent
 
 #: Projections a sub-layer reads its input with, in the order in which they are looked for.
-FIRST_PROJECTION = {"attn": ("qkv", "q"), "xattn": ("q",), "ffn": ("gate_up", "gate", "up")}
+FIRST_PROJECTION = {"attn": ("qkv", "q", "v"), "xattn": ("q",), "ffn": ("gate_up", "gate", "up")}
 
 
 class Block:
@@ -90,9 +90,9 @@ class Block:
             self.leaf(f"{name}.norm")
 
     def reads(self, name: str) -> str:
-        """Path of the module whose input is what the sub-layer reads."""
+        """Path of the module whose input is what the sub-layer reads, and nothing else."""
         for word in FIRST_PROJECTION[name]:
-            if self.has(f"{name}.{word}"):
+            if f"{name}.{word}" not in self.stack.reused and self.has(f"{name}.{word}"):
                 return self.full(f"{name}.{word}")
         if name == "ffn" and self.has("ffn.experts"):
             return parent(self.full("ffn.experts"))

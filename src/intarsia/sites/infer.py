@@ -55,7 +55,8 @@ class Inference:
         self.base = structure.base_path(self.twin)
         self.trace: Trace = self._trace(fitting(self.twin, batch))
         self.lists = self._lists()
-        self.blocks = {name: [self._block(call).find() for call in calls] for name, calls in self._stacks().items()}
+        self.stacks = self._stacks()
+        self.blocks = {name: [self._block(call).find() for call in calls] for name, calls in self.stacks.items()}
 
     def _trace(self, batch: Mapping[str, Tensor]) -> Trace:
         try:
@@ -126,7 +127,7 @@ class Inference:
         patterns = {id(calls[0]): pattern for pattern, calls in self.lists.items()}
         stacks: dict[str, Stack] = {}
         begin = -1
-        for name, calls in sorted(self._stacks().items(), key=lambda entry: entry[1][0].start):
+        for name, calls in sorted(self.stacks.items(), key=lambda entry: entry[1][0].start):
             blocks = self.blocks[name]
             around, tokens = self._around(calls, begin)
             stacks[name] = Stack(
@@ -203,6 +204,11 @@ class Inference:
         if y.shape[1] == 1 or close(y[:, 0], y[:, 1]):
             return "embed.type"
         return "embed.position" if isinstance(call.module, nn.Embedding) or y.shape[-1] == block.x.shape[-1] else None
+
+    def enters(self, stack: str, path: str) -> bool:
+        """Whether a module's output (path below the base) is the first input of a stack's first block."""
+        first = self.stacks[stack][0]
+        return any(same(call.y, first.x) for call in self.trace.calls if self.below(call.path) == path and call.end < first.start)
 
     def _lend(self) -> dict[str, str]:
         """Modules in the base whose parameters are read elsewhere in the base -> the innermost module around all readers."""

@@ -156,6 +156,6 @@ def _add_head(draft: Draft) -> None:
         features = structure.out_width(head) or 0
         draft.role(path, Role("head", None, ""))
         draft.add(Site("head", path, "out", features))
-    elif fields is not None and "logits" in fields:
+    elif draft.prefix and fields is not None and "logits" in fields:  # annotations of classes without a head are not reliable
         features = int(getattr(draft.model.config, "num_labels", 0) or 0)
     draft.add(Site("logits", "", "logits", features))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from intarsia.errors import SiteError
 from intarsia.sites import structure
-from intarsia.sites.anatomy import WEIGHT_ONLY, Anatomy, Stack, bare, row
+from intarsia.sites.anatomy import WEIGHT_ONLY, Anatomy, Stack, bare, optional, row
 from intarsia.sites.infer import Inference
+from intarsia.sites.roles import BlockRoles
 from intarsia.sites.structure import join, parent
 
 #: Roles of a row that arithmetic cannot find.
@@ -53,45 +54,60 @@ def verify(
         raise SiteError(
             f"no row is known for model_type {getattr(model.config, 'model_type', '')!r}; give verify one, or use infer(model)"
         )
-    return _compare(anatomy, Inference(model, batch))
+    return compare(anatomy, Inference(model, batch))
 
 
-def _compare(expected: Anatomy, inference: Inference) -> list[Disagreement]:
+def compare(expected: Anatomy, inference: Inference) -> list[Disagreement]:
+    """Where a row and what was inferred on a twin differ."""
     found = inference.anatomy()
     differences: list[Disagreement] = []
 
-    def compare(stack: str, word: str, left: object, right: object) -> None:
+    def note(stack: str, word: str, left: object, right: object) -> None:
         if left != right:
             differences.append(Disagreement(stack, word, left, right))
 
-    compare("", "stacks", sorted(expected.stacks), sorted(found.stacks))
-    shared = bare(expected.shared) if structure.find(inference.twin, join(inference.base, bare(expected.shared))) else ""
-    compare("", "shared", shared, found.shared)
-    for name in expected.stacks.keys() & found.stacks.keys():
-        left, right = expected.stacks[name], found.stacks[name]
+    present = [name for name, stack in expected.stacks.items() if not name or _has(inference, stack.blocks.split(".")[0])]
+    pairs = {name: name for name in present if name in found.stacks}
+    if len(present) == len(found.stacks) == 1:  # one of two stacks: inference has no name for it
+        pairs = {present[0]: next(iter(found.stacks))}
+    note("", "stacks", sorted(present), sorted(pairs))
+    shared = bare(expected.shared) if expected.shared and _has(inference, bare(expected.shared)) else ""
+    note("", "shared", shared, found.shared if len(present) > 1 else shared)
+    for name, other in pairs.items():
+        left, right = expected.stacks[name], found.stacks[other]
         for word in ("blocks", "order", "parallel", "tokens"):
-            compare(name, word, getattr(left, word), getattr(right, word))
-        compare(name, "lend", {k: v for k, v in left.lend.items() if _has(inference, k)}, dict(right.lend))
-        blocks = [block.path for block in inference.blocks[name]]
-        roles = {role: bare(path) for role, path in left.roles.items() if any(_has(inference, bare(path), block) for block in blocks)}
-        around = {role: bare(path) for role, path in left.around.items() if _has(inference, bare(path))}
+            note(name, word, getattr(left, word), getattr(right, word))
+        note(name, "lend", {k: v for k, v in left.lend.items() if _has(inference, k)}, dict(right.lend))
+        blocks = inference.blocks[other]
+        roles = _present(left.roles, inference, [block.path for block in blocks])
+        around = _present(left.around, inference, [inference.base])
+        if "stem" not in right.around and "stem" in around and inference.enters(other, around["stem"]):
+            del around["stem"]  # needed only where blocks run several times, true of this twin all the same
         for mine, theirs in ((roles, right.roles), (around, right.around)):
             for role in sorted((mine.keys() | theirs.keys()) - BEYOND):
-                compare(name, role, mine.get(role), bare(theirs[role]) if role in theirs else None)
+                note(name, role, mine.get(role), bare(theirs[role]) if role in theirs else None)
         for role, fused in right.fused.items():
-            compare(name, f"fused {role}", left.fused.get(role), fused)
-        differences += _executions(name, left, inference)
-        differences += _interface(name, left, inference)
+            note(name, f"fused {role}", left.fused.get(role), fused)
+        differences += _executions(name, left, inference, blocks[-1])
+        differences += _interface(name, left, inference, blocks[-1])
     return differences
+
+
+def _present(paths: Mapping[str, str], inference: Inference, roots: Sequence[str]) -> dict[str, str]:
+    """The row's roles, without optional ones that are under none of the roots."""
+    return {
+        role: bare(path)
+        for role, path in paths.items()
+        if not optional(path) or any(_has(inference, bare(path), root) for root in roots)
+    }
 
 
 def _has(inference: Inference, path: str, root: str | None = None) -> bool:
     return structure.find(inference.twin, join(inference.base if root is None else root, path)) is not None
 
 
-def _executions(name: str, stack: Stack, inference: Inference) -> list[Disagreement]:
+def _executions(name: str, stack: Stack, inference: Inference, block: BlockRoles) -> list[Disagreement]:
     """Roles whose module does not run exactly once in a block, although the row makes its output a site (or the reverse)."""
-    block = inference.blocks[name][-1]
     times = Counter(call.path for call in block.inner)
     found = []
     for role, path in stack.roles.items():
@@ -104,9 +120,8 @@ def _executions(name: str, stack: Stack, inference: Inference) -> list[Disagreem
     return found
 
 
-def _interface(name: str, stack: Stack, inference: Inference) -> list[Disagreement]:
+def _interface(name: str, stack: Stack, inference: Inference, block: BlockRoles) -> list[Disagreement]:
     """Attentions for which what their code says about the interface is not what the trace saw."""
-    block = inference.blocks[name][-1]
     found = []
     for word in ("attn", "xattn"):
         first = stack.roles.get(f"{word}.q") or stack.roles.get(f"{word}.qkv")
