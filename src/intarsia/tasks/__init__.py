@@ -6,7 +6,17 @@ from intarsia.tasks.collapse import collapsed
 from intarsia.tasks.common import BaseTask, Options
 from intarsia.tasks.metrics import METRICS, Score, compare, score
 from intarsia.tasks.mlm import Masked, MaskedOptions
-from intarsia.tasks.registry import CONTEXT, TASKS, Kind, base_settings, bind, build, from_module, infer_columns, infer_task
+from intarsia.tasks.registry import (
+    CONTEXT,
+    TASKS,
+    Kind,
+    base_settings,
+    bind,
+    build,
+    from_module,
+    infer_columns,
+    infer_task,
+)
 from intarsia.tasks.regress import Regress, RegressOptions
 from intarsia.tasks.run import Evaluation, evaluate, predict
 from intarsia.tasks.seq2seq import Seq2Seq, Seq2SeqOptions

@@ -21,7 +21,7 @@ from intarsia.tasks.common import IGNORE, BaseTask, Options, counted, logits_of,
 from intarsia.tasks.metrics import METRICS, Score, score
 from intarsia.tasks.registry import TASKS, Kind
 from intarsia.tasks.text import Frame, pieces, special, windows
-from intarsia.train.task import Batch, Features, Prediction, Rows
+from intarsia.train.task import Batch, Features, ModelHead, Prediction, Rows
 
 
 @register("task.clm")
@@ -60,7 +60,7 @@ class Causal(BaseTask[CausalOptions]):
     """Predict each piece from those before it."""
 
     name = "clm"
-    model_head = "causal-lm"
+    model_head: ModelHead = "causal-lm"
 
     def __init__(self, tokenizer: Any, options: CausalOptions, labels: Sequence[str] | None = None) -> None:
         super().__init__(tokenizer, options, None)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class BaseTask(Generic[O]):
         epoch: training epoch for whatever is drawn anew in each (masks); None for evaluation, where it is fixed.
     """
 
-    name: ClassVar[str]
+    name: str
     head: Head | LanguageModelHead | None = None
     model_head: ModelHead = "none"
     metric: str

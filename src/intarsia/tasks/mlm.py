@@ -20,9 +20,9 @@ from intarsia.errors import DataError, UsageError
 from intarsia.patches import LanguageModelHead
 from intarsia.tasks import columns
 from intarsia.tasks.common import IGNORE, BaseTask, Options, counted, logits_of, one_tensor, summed, token_losses
-from intarsia.tasks.metrics import METRICS, Metric, Score, score
+from intarsia.tasks.metrics import Score, score
 from intarsia.tasks.registry import TASKS, Kind
-from intarsia.tasks.resample import Sample, additive
+from intarsia.tasks.resample import additive, bootstrap, interval
 from intarsia.tasks.text import Frame, pieces, special, windows
 from intarsia.train.task import Batch, Features, Prediction, Rows
 
@@ -80,7 +80,7 @@ class Masked(BaseTask[MaskedOptions]):
         self.head = LanguageModelHead() if options.lm_head == "new" else None
         self.model_head = "none" if options.lm_head == "new" else "masked-lm"
         self.choose_metric(options.metric, ("perplexity", "masked_accuracy"))
-        self.higher_is_better = METRICS[self.metric].higher_is_better
+        self.higher_is_better = self.metric != "perplexity"
 
     def features(self, table: Rows, *, labelled: bool = True) -> Sequence[Features]:
         """One feature per window: `row`, `window`, `input_ids` (nothing hidden yet), `group` (which pieces go together).
@@ -171,7 +171,7 @@ class Masked(BaseTask[MaskedOptions]):
             raise DataError("no piece of these texts can be hidden: they are empty, or unknown to the tokenizer")
         return {
             "perplexity": score("perplexity", [p.scores["loss"] for p in predictions], terms),
-            "masked_accuracy": score("masked_accuracy", [p.scores["correct"] for p in predictions], terms),
+            "masked_accuracy": masked_accuracy([p.scores["correct"] for p in predictions], terms),
         }
 
 
@@ -200,9 +200,12 @@ def _suit(model: Any) -> dict[str, Any]:
     return {} if model.get_output_embeddings() is not None else {"lm_head": "new"}
 
 
-def _accuracy(correct: Sequence[Any], terms: Sequence[Any]) -> Sample:
-    return additive(np.stack([np.asarray(correct), np.asarray(terms)], axis=1), lambda s: s[:, 0] / np.maximum(s[:, 1], 1))
+def masked_accuracy(correct: Sequence[float], terms: Sequence[float]) -> Score:
+    """Share of the hidden pieces that were guessed, with the same bootstrap as `intarsia.tasks.metrics.score`."""
+    resamples, level, seed = 1000, 0.95, 0
+    sample = additive(np.stack([np.array(correct), np.array(terms)], axis=1), lambda s: s[:, 0] / np.maximum(s[:, 1], 1))
+    around = interval(bootstrap(sample, resamples=resamples, seed=seed), level)
+    return Score("masked_accuracy", sample.score(), around.low, around.high, len(terms), resamples, level, seed, "", True)
 
 
-METRICS.add("masked_accuracy", Metric("masked_accuracy", "pieces guessed, and pieces hidden, per example", _accuracy))
 TASKS.add("mlm", Kind("mlm", "predict hidden pieces of a text", MaskedOptions, ("text",), ("text",), Masked, suit=_suit))

@@ -28,7 +28,7 @@ from intarsia.tasks.common import IGNORE, BaseTask, Options, counted, logits_of,
 from intarsia.tasks.metrics import METRICS, Score, score
 from intarsia.tasks.registry import TASKS, Kind
 from intarsia.tasks.text import Frame, encode
-from intarsia.train.task import Batch, Features, Prediction, Rows
+from intarsia.train.task import Batch, Features, ModelHead, Prediction, Rows
 
 Shift = Callable[[Tensor], Tensor]
 Pair = tuple[str, str]
@@ -70,7 +70,7 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
     """A target text for each source text."""
 
     name = "seq2seq"
-    model_head = "seq2seq-lm"
+    model_head: ModelHead = "seq2seq-lm"
 
     def __init__(self, tokenizer: Any, options: Seq2SeqOptions, labels: Sequence[str] | None = None) -> None:
         options = _with_languages(tokenizer, options)
