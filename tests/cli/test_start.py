@@ -124,7 +124,7 @@ def test_poor_surroundings(name: str, tmp_path: os.PathLike[str]) -> None:
     human = process("data", "check", file, env=POOR[name]).ok()
     assert "nothing to object to" in human.out and human.err == ""
     assert set(process("data", "check", file, "--json", env=POOR[name]).ok().json["splits"][0]["labels"]) == {"ⵣ", "b"}
-    process("data", "check", file + "ɣ", env=POOR[name]).error(3)
+    process("data", "check", "ɣ.csv", env=POOR[name]).error(3)
     process("bases", env=POOR[name]).ok()
 
 
