@@ -172,8 +172,7 @@ def test_sound_is_no_sequence_of_embeddings(name: str) -> None:
 
 def test_deberta_v3_reads_where_only_tokens_pass() -> None:
     """Its q and k also project the table of relative positions, so they must not serve as the residual's tap."""
-    model, batch = zoo.make("deberta-v3")
-    sites = resolve(model)
+    sites = resolve(zoo.make("deberta-v3")[0])
     assert sites["0.attn.q"].reused and sites["0.attn.k"].reused and not sites["0.attn.v"].reused
     assert sites["0.attn"].residual == sites["0.attn"].reads == sites["0.attn.v"].path
     assert not resolve(zoo.make("deberta-v2")[0])["0.attn.q"].reused

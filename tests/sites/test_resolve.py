@@ -94,7 +94,7 @@ def test_the_tied_embedding_of_two_stacks() -> None:
         ("encoder.embed_tokens", "weight"), ("decoder.embed_tokens", "weight"), ("lm_head", "weight"), ("shared", "weight"),
     )  # fmt: skip
     assert "head.weight" not in sites and "embed.weight" in sites.missing["head.weight"]
-    with pytest.raises(SiteError, match="tied to 'embed.weight'"):
+    with pytest.raises(SiteError, match=r"tied to 'embed\.weight'"):
         sites.select("head.weight")
 
 

@@ -139,6 +139,7 @@ class Inference:
                 parallel=self._one([block.parallel for block in blocks], "parallel"),
                 tokens=tokens,
                 lend=self._lend(),
+                reused=frozenset(role for block in blocks for role in block.reused()),
             )
             begin = calls[-1].end
         return Anatomy(stacks, shared=self._shared() if len(stacks) == 2 else "")

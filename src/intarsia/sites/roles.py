@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from intarsia.errors import SiteError
-from intarsia.sites.anatomy import Fused, Order
+from intarsia.sites.anatomy import WEIGHT_ONLY, Fused, Order
 from intarsia.sites.arithmetic import close, holds_experts, is_norm, merged, part_of, rotated, rows, same
 from intarsia.sites.structure import LINEAR, parent
 from intarsia.sites.trace import Call, Core
@@ -70,6 +70,10 @@ class BlockRoles:
         self.roles[role] = self.relative(call)
         if isinstance(call.module, LINEAR):
             self.used.add(call.path)
+
+    def reused(self) -> set[str]:
+        """Roles whose module runs more than once in the block."""
+        return {role for role, path in self.roles.items() if role not in WEIGHT_ONLY and f"{self.path}.{path}" not in self.once}
 
     def find(self) -> BlockRoles:
         attentions = self.attentions()

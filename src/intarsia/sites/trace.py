@@ -135,7 +135,8 @@ class _Recorder:
         """An attention function that notes what it is given and passes it on."""
 
         def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-            function = base or sys.modules[type(module).__module__].eager_attention_forward
+            eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            function = base or eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
             core = Core(self.paths[module], self.tick(), q.clone(), k.clone(), v.clone())
             self.trace.cores.append(core)
             output = function(module, q, k, v, mask, **kwargs)

@@ -1,8 +1,9 @@
 """A small stand-in for a model, on which arithmetic can be tried without touching the user's weights.
 
-It has the same configuration class and widths but two blocks per stack, random weights with noise on every parameter
-(zero biases and unit norms make different places look alike), float32, on the CPU.  Paths do not depend on depth or
-weights.  A model whose class cannot be built from its configuration is copied instead.
+It has the same class and widths but two blocks per stack (more, where only more show every kind of block), random
+weights with noise on every parameter (zero biases and unit norms make different places look alike), float32, on the CPU.
+Paths do not depend on depth or weights.  A model that was changed after it was built, or whose class cannot be built
+from its configuration, is copied instead.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intarsia.errors import SiteError
+from intarsia.sites import structure
 
-DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-DEPTH = 2
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+DEPTHS = (2, 4, 8, 1 << 20)
 BATCH, LENGTH, TARGET_LENGTH = 2, 7, 5
 NOISE = 0.05
 
@@ -42,22 +44,36 @@ def twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def _from_config(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A shallow model of the same class, if that can be built and has the same modules."""
-    config = copy.deepcopy(model.config)
+    """The shallowest model of the same class that shows every kind of module the model has, if there is one."""
+    paths = _paths(model)
+    for depth in DEPTHS:
+        try:
+            made = type(model)(_shallow(model, depth))
+        except Exception:  # whatever a foreign constructor does with a changed configuration; the copy is the answer
+            continue
+        found = _paths(made)
+        if found <= paths and {_numberless(path) for path in paths} == {_numberless(path) for path in found}:
+            return made
+    return None
+
+
+def _shallow(model: PreTrainedModel, depth: int) -> Any:
+    config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config._attn_implementation = None  # let the class choose: the model's own may need a GPU, or intarsia's sockets
-    try:
-        for name in DEPTHS:
-            if isinstance(depth := getattr(config, name, None), int) and depth > DEPTH:
-                setattr(config, name, DEPTH)
-        if len(kinds := getattr(config, "layer_types", None) or ()) > DEPTH:
-            config.layer_types = kinds[:DEPTH]
-        made = type(model)(config)
-    except Exception:  # whatever a foreign constructor does with a changed configuration; the copy below is the answer
-        return None
-    known = {_numberless(path) for path, _ in model.named_modules()}
-    return made if {_numberless(path) for path, _ in made.named_modules()} <= known else None
+    for name in LAYERS:
+        if isinstance(layers := getattr(config, name, None), int) and layers > depth:
+            setattr(config, name, depth)
+    if len(kinds := getattr(config, "layer_types", None) or ()) > depth:
+        config.layer_types = kinds[:depth]
+    return config
+
+
+def _paths(model: PreTrainedModel) -> set[str]:
+    """Paths of the modules of the base."""
+    base = structure.base_path(model)
+    return {path for path, _ in model.named_modules() if path.startswith(base) and not structure.is_socket(path)}
 
 
 def _numberless(path: str) -> str:
@@ -67,7 +83,7 @@ def _numberless(path: str) -> str:
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
     if any(tensor.is_meta or not tensor.is_floating_point() for tensor in model.parameters()):
         raise SiteError(
-            f"{type(model).__name__}: cannot be built from its configuration alone, and its weights are quantised or on the meta "
+            f"{type(model).__name__}: its configuration alone does not give a model with the same modules, and its weights are quantised or on the meta "
             "device, so its structure cannot be inferred; give resolve(model, anatomy=...) a row"
         )
     made = copy.deepcopy(model).cpu()
