@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -96,7 +97,7 @@ def test_norwegian_stays_norwegian() -> None:
     assert front_matter(Card(languages=("no", "on")).to_markdown())["language"] == ["no", "on"]
 
 
-@given(st.text(max_size=40))
+@given(st.text(max_size=40) | st.text("|\\a", max_size=6))
 def test_content_never_becomes_structure(text: str) -> None:
     """Hostile one-line statements open no heading, end no front matter, add no table row."""
     card = dataclasses.replace(FULL, title=text, licence=text, base=text, warnings=(text,), data=(DataSource(text, text, text, "ab" * 32),))
@@ -105,3 +106,5 @@ def test_content_never_becomes_structure(text: str) -> None:
     for start in ("# ", "## ", "| ", "---", "> "):
         count = [sum(line.startswith(start) for line in t.split("\n")) for t in (shown, plain)]
         assert count[0] <= count[1], start
+    cells = {len(re.split(r"(?<!\\)(?:\\\\)*\|", line)) for line in shown.split("\n") if line.startswith("|") and "ab" * 32 in line}
+    assert cells == {7}, "a bar in a statement has become a cell"
