@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from intarsia.errors import SiteError, SpecError, listing, nearest
 
@@ -223,6 +223,10 @@ class SiteMap(Mapping[str, Site]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._sites
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The site, or `default` where there is none (`Mapping.get` would let the SiteError through)."""
+        return self._sites.get(name, default)
 
     def select(self, pattern: str, *, layers: str | None = None, port: Port | None = None) -> Selection:
         """Sites whose name a pattern covers, in model order.
