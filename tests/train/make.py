@@ -22,7 +22,6 @@ from intarsia.train.task import Batch, Features, Prediction
 from tests import zoo
 
 LABELS = ("even", "odd", "third")
-QUIET = {"dropout": 0.0}  # settings that switch dropout off, by family
 NO_DROPOUT: Mapping[str, Mapping[str, float]] = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "m2m_100": {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
@@ -212,11 +211,11 @@ def table(rows: int = 40, seed: int = 0, learnable: bool = True) -> Table:
     return Table.of({"text": texts, "label": labels})
 
 
-def host(kind: str = "classify", method: str = "lora", dropout: bool = False, **settings: Any) -> tuple[Host, Tiny]:
+def host(kind: str = "classify", method: str = "lora", base_dropout: bool = False, **settings: Any) -> tuple[Host, Tiny]:
     """A host with a new module `m` for a task of this kind."""
     task_class, family, headless = KINDS[kind]
     task = task_class()
-    off = {} if dropout else dict(NO_DROPOUT[family])
+    off = {} if base_dropout else dict(NO_DROPOUT[family])
     model, _ = zoo.make(family, headless=headless, **off)
     made = build(method, **settings)
     carrier = Host(model)

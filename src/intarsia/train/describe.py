@@ -58,7 +58,7 @@ def _card(
     device: torch.device,
 ) -> Card:
     tables = [train_table] if dev_table is None else [train_table, dev_table]
-    used: dict[str, object] = {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+    used: dict[str, object] = recipe.values()
     resolved = rates(run.host.method(run.name), recipe)
     used.update(learning_rate=resolved[""].learning_rate, head_learning_rate=resolved["head"].learning_rate, weight_decay=resolved[""].decay,
                 steps=run.done, best_step=run.best_step, expression=str(expression))  # fmt: skip

@@ -282,7 +282,7 @@ def _plan(
         "task": {"settings": task.settings(), "labels": list(host.labels(name) or ())},
         "expression": str(expression),
         "modules": others,
-        "recipe": encode(recipe),
+        "recipe": recipe.values(),
         "train": train_table.digest,
         "dev": None if dev_table is None else dev_table.digest,
         "base": host.fingerprint.to_dict(),
@@ -320,7 +320,6 @@ def _facts(
     resolved = {tag or "main": {"learning_rate": r.learning_rate, "decay": r.decay} for tag, r in rates(host.method(name), recipe).items()}
     return {
         **plan,
-        "recipe": {f: getattr(recipe, f) for f in recipe.__dataclass_fields__},
         "rates": resolved,
         "base_name": host.base_name,
         "config": None if config is None else dict(config),
@@ -335,14 +334,15 @@ def _facts(
 @contextlib.contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Any:
     """Gradient checkpointing in this block; a model that has it on already keeps it."""
-    if not wanted or model.is_gradient_checkpointing:
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in transformers 5
+    if not wanted or getattr(model, f"is_{word}_checkpointing"):
         yield
         return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    getattr(model, f"{word}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{word}_checkpointing_disable")()
 
 
 def _finish(

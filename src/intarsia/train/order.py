@@ -64,7 +64,7 @@ def pieces(examples: Sequence[int], world: int, accumulation: int) -> list[list[
     """
     each = min(accumulation, math.ceil(len(examples) / world))
     count = each * world
-    bounds = [round(i * len(examples) / count) for i in range(count + 1)]
+    bounds = [-(-i * len(examples) // count) for i in range(count + 1)]
     parts = [list(examples[a:b]) for a, b in itertools.pairwise(bounds)]
     return [parts[rank::world] for rank in range(world)]
 

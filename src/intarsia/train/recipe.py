@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from intarsia._codec import register
 from intarsia.errors import UsageError
@@ -104,6 +104,10 @@ class Recipe:
             raise UsageError(
                 "recipe: gradient_checkpointing needs base_dropout=true; layers recompute in training mode only"
             )
+
+    def values(self) -> dict[str, Any]:
+        """All values by name, defaults too."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _number(
         self,

@@ -18,7 +18,7 @@ import yaml
 
 from intarsia.errors import UsageError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 MAX_VALUES = 20_000
 MAX_DEPTH = 30
 

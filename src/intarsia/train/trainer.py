@@ -180,7 +180,7 @@ class ModuleTrainer(Trainer):
         self.stop = stop
         self.plan = plan
         self.folder = folder
-        self.stopping = False
+        self._stopping = False
         self.used_rates: dict[str, float] = {}
         self.resumed: Checkpoint | None = None
         self._bad: tuple[float, tuple[int, ...]] | None = None
@@ -223,8 +223,13 @@ class ModuleTrainer(Trainer):
             terms, received = (int(value) for value in shared)
         if received:
             self.stop.received = received
-            self.stopping = True  # decided before the step, so that all processes stop after the same one
+            self._stopping = True  # decided before the step, so that all processes stop after the same one
         return [{"micro": micro} for micro in micros], max(terms, 1)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this step is the last one because a signal came."""
+        return bool(self.stop.received) if self.args.world_size == 1 else self._stopping
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss, times the number of processes."""
@@ -235,7 +240,7 @@ class ModuleTrainer(Trainer):
         scale = self.args.world_size / float(num_items_in_batch)
         loss = total * scale if micro.counts else total * 0.0
         if not bool(torch.isfinite(total)):
-            self._bad = self._bad or (float(total), micro.rows)
+            self._bad = self._bad or (float(total.detach()), micro.rows)
             loss = loss * math.nan  # so that every process sees it in the averaged gradient and stops
         self.accelerator.backward(loss)
         return loss.detach()
