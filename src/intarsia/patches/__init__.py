@@ -7,6 +7,7 @@ from intarsia.patches.const import Const
 from intarsia.patches.delta import Delta, Form, FormSpec, Linear, OpSpec, Seen, WhyNot
 from intarsia.patches.factors import Dense, Factor, FactorSpec, LowRank
 from intarsia.patches.heads import Head, LanguageModelHead
+from intarsia.patches.kron import Kron, KronPair
 from intarsia.patches.matrix import Matrix
 from intarsia.patches.ops import Add, Concat, Mul, Replace
 from intarsia.patches.place import Place
@@ -26,6 +27,8 @@ __all__ = [
     "Form",
     "FormSpec",
     "Head",
+    "Kron",
+    "KronPair",
     "LanguageModelHead",
     "Linear",
     "LowRank",

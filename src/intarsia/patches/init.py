@@ -55,6 +55,12 @@ def glorot(value: Tensor, generator: torch.Generator) -> None:
     value.uniform_(-bound, bound, generator=generator)
 
 
+def phm(value: Tensor, generator: torch.Generator) -> None:
+    """Glorot with gain sqrt(2), matrix by matrix (Mahabadi et al. 2021, released code of Compacter)."""
+    glorot(value, generator)
+    value.mul_(math.sqrt(2))
+
+
 def zeros(value: Tensor, generator: torch.Generator) -> None:
     """All zero; the generator is not used."""
     value.zero_()
@@ -70,6 +76,7 @@ for _name, _fill in {
     "ones": ones,
     "kaiming": kaiming,
     "glorot": glorot,
+    "phm": phm,
     "bert": normal(0.02),
     "houlsby": truncated(1e-2),
     "unit": normal(1.0),
