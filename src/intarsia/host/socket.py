@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.compose import LOGITS, TENSORS, Algebra
+from intarsia.errors import CompositionError
 from intarsia.host.call import Call, Child, State, thread
 from intarsia.host.seen import View
 from intarsia.patches import Delta
@@ -155,6 +156,8 @@ class Socket(Child):
             if slot.names.isdisjoint(call.names):  # type: ignore[union-attr, operator]
                 continue
             site: Site = slot.site  # type: ignore[assignment]
+            if call.rows is not None:
+                refuse_rows(site)
             seen = View(site, call, input=given, norm=self.norm, **surroundings)
             part = h if site.view is None else cut(h, site)
             value = run_rows(call, part, seen, slot)  # type: ignore[arg-type]
@@ -179,6 +182,19 @@ class Socket(Child):
         key, h = first_tensor(args, kwargs)
         h = self._run(h, call, h)
         return ((h, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: h})
+
+
+def refuse_rows(site: Site) -> None:
+    """Rows of one batch cannot differ at a site that is computed once for all of them.
+
+    Raises:
+        CompositionError: the site and what to do instead.
+    """
+    if site.rowless or site.reused:
+        raise CompositionError(
+            f"the rows of one batch cannot have different modules at {site.name}: the model computes it once for all rows "
+            "(a table of relative positions). Run the rows of each expression as a batch of their own"
+        )
 
 
 def run_rows(call: Call, h: Tensor, seen: View, slot: Slot) -> Tensor:

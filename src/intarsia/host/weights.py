@@ -23,8 +23,11 @@ from intarsia.compose import TENSORS
 from intarsia.errors import CompositionError, SiteError
 from intarsia.host.call import CALLS, Call, Child, State
 from intarsia.host.seen import View
-from intarsia.host.socket import Slot, SlotAt, cut, key_of, paste
+from intarsia.host.socket import Slot, SlotAt, cut, key_of, paste, refuse_rows
 from intarsia.sites.address import Site
+
+
+POSITIONS = key_of("embed.position.weight").removeprefix("m_")
 
 
 class WeightSocket(Child):
@@ -95,8 +98,14 @@ class WeightSocket(Child):
             self.lock.acquire()
             self.__dict__["holder"] = threading.get_ident()
         call = self.state.current()
-        if call is not None and call.rows is None and self.active(call):
+        if call is None or not self.active(call):
+            return
+        if call.rows is None:
             self._lend(call, 0)
+        else:
+            for slot in self.slots.values():
+                if not slot.names.isdisjoint(call.names):  # type: ignore[union-attr, operator]
+                    refuse_rows(slot.site)  # type: ignore[arg-type]
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook (also after an exception): take back; with rows, run each expression on its rows."""
@@ -129,9 +138,12 @@ class WeightSocket(Child):
     def _merge(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...], call: Call
     ) -> tuple[Tensor, ...]:
+        batch = self.state.sizes.get(threading.get_ident())
+        table = output[0].dim() == 2 and any(key.endswith(POSITIONS) for key in self.slots)
+        if table:  # [T, d], added to every row
+            output = tuple(o[None] for o in output)
         size = output[0].shape[0]
-        batch = self.state.sizes.get(threading.get_ident(), size)
-        if size == 1 and batch > 1:  # the same for all rows, e.g. position embeddings
+        if size == 1 and batch is not None and batch > 1:  # the same for all rows
             output = tuple(o.expand(batch, *o.shape[1:]) for o in output)
         index = call.index(output[0].shape[0], output[0].device)
         for number, expression in enumerate(call.exprs):
@@ -155,7 +167,7 @@ class WeightSocket(Child):
             finally:
                 self._return()
                 CALLS.reset(token)
-            values = value if isinstance(value, tuple) else (value,)
+            values = value if isinstance(value, tuple) else (value[None] if table else value,)
             output = tuple(
                 o.index_copy(0, rows, v.expand(len(rows), *v.shape[1:]).to(o.dtype)) for o, v in zip(output, values)
             )

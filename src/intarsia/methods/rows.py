@@ -20,7 +20,7 @@ from intarsia.patches import (
 )
 
 #: every layer norm of a model: `*` covers the norms of sub-layers as well as of embeddings and the last one
-NORMS = "**.norm.{weight,bias}, **.post_norm.{weight,bias}"
+NORMS = "**.norm.{weight,bias}"
 
 
 def norm_patch() -> Patch:

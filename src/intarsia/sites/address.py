@@ -72,6 +72,8 @@ class Site:
         heads: (number of key/value heads, size of one head) for `mem` sites; empty otherwise.
         reused: the module also runs on something else than the batch's tokens in the same block (DeBERTa-v3 projects
             its table of relative positions, batch size 1, with the same q and k).
+        rowless: what comes out there has no batch dimension (tables of relative positions), so the rows of one batch
+            cannot differ there.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Site:
     lend_at: str | None = None
     heads: tuple[int, int] | tuple[()] = ()
     reused: bool = False
+    rowless: bool = False
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -26,6 +26,9 @@ WEIGHT_ONLY = frozenset(
     | {f"{attention}.{word}" for attention in ("attn", "xattn") for word in ("relative", "pos_q", "pos_k")}
 )
 
+#: Those of them whose output has no batch dimension: tables of relative positions.
+ROWLESS = frozenset(role for role in WEIGHT_ONLY if not role.startswith("ffn."))
+
 
 @dataclass(frozen=True, slots=True)
 class Fused:
@@ -63,6 +66,8 @@ class Stack:
         lend: path of a module whose parameters are read outside its own forward -> path of the module that reads.
         unsited: role -> why its output is not a site, although it has parameters.
         reused: roles whose module also runs on something else than the tokens in the same block.
+        entry: path, below the base, of the module that takes the token ids and returns the states; empty for the base
+            itself (OPT's models call the decoder past their base).
 
     A path that ends in `?` may be missing from a model of the family, or from some of its blocks.
     """
@@ -77,6 +82,7 @@ class Stack:
     lend: Mapping[str, str] = field(default_factory=dict)
     unsited: Mapping[str, str] = field(default_factory=dict)
     reused: frozenset[str] = frozenset()
+    entry: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +314,7 @@ _FAIRSEQ = Stack(
 _OPT = _with(
     _FAIRSEQ,
     blocks="decoder.layers",
+    entry="decoder",
     around={
         **_under("decoder", {"embed": "embed_tokens", "embed.position": "embed_positions", "embed.project": "project_in?"}),
         **_under("decoder", {"final.norm": "final_layer_norm?", "final.project": "project_out?"}),

@@ -142,7 +142,7 @@ def _add_sequence(draft: Draft, name: str, stack: Stack, width: int) -> None:
     if not stack.tokens:
         draft.missing["seq"] = f"its {name} reads frames of sound, not a sequence of embeddings"
         return
-    path = join(draft.prefix, stack.blocks.split(".")[0]) if name else draft.prefix
+    path = join(draft.prefix, stack.blocks.split(".")[0] if name else stack.entry)
     draft.add(Site(join(name, "seq"), path, "seq", width, stack=name))
 
 

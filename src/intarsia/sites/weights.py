@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from intarsia.errors import SiteError
 from intarsia.sites import structure
 from intarsia.sites.address import Site
+from intarsia.sites.anatomy import ROWLESS
 from intarsia.sites.draft import Draft, Role
 from intarsia.sites.structure import join, parent
 
@@ -62,6 +63,8 @@ def _weight(draft: Draft, owned: structure.Owned, rank: dict[str, int], idle: st
         transposed=isinstance(module, Conv1D) and owned.parameter.dim() == 2,
         owners=tuple(owners),
         lend_at=role.lend_at,
+        reused=any(other.reused and other.path == owners[0][0] for other in draft.sites.values()),
+        rowless=role.lend_at is not None or any(role.name == r or role.name.endswith(f".{r}") for r in ROWLESS),
     )
     return rank.get(path, last), site
 
