@@ -93,11 +93,11 @@ def test_modes_survive() -> None:
 
 
 def test_a_failed_add_leaves_no_halves() -> None:
-    model, inputs = zoo.make("bert")
+    model, _inputs = zoo.make("bert")
     before = kit.state(model)
     host = Host(model).add("a", kit.small("lora"))
     mixed = Method("bad", (Patch("good", "ffn", Const()), Patch("wrong", "atn.q", Const())))
-    with pytest.raises(SiteError, match="patch 'wrong'.*did you mean"):
+    with pytest.raises(SiteError, match=r"patch 'wrong'.*did you mean"):
         host.add("b", mixed)
     assert host.names == ("a",)
     with pytest.raises(ModuleError, match="already"):
@@ -144,7 +144,7 @@ def test_wrong_base_is_refused_and_forced_only_on_request() -> None:
     module = Host(model).add("a", kit.small("lora")).extract("a")
     other, inputs = zoo.make("bert", seed=5)
     host = Host(other)
-    with pytest.raises(ModuleError, match="another base.*weights"):
+    with pytest.raises(ModuleError, match=r"another base.*weights"):
         host.insert(module)
     deeper, _ = zoo.make("bert", num_hidden_layers=3)
     with pytest.raises(ModuleError, match="another base"):
@@ -158,7 +158,7 @@ def test_wrong_base_is_refused_and_forced_only_on_request() -> None:
 
 def test_a_head_on_top_makes_no_other_base() -> None:
     """A module of the bare encoder fits the same encoder under another task head, and back."""
-    model, inputs = zoo.make("xlm-roberta")
+    model, _inputs = zoo.make("xlm-roberta")
     module = Host(model).add("a", kit.small("pfeiffer")).extract("a")
     classifier = transformers.XLMRobertaForSequenceClassification(model.config)
     classifier.roberta.load_state_dict(zoo.make("xlm-roberta")[0].roberta.state_dict())
@@ -203,9 +203,9 @@ def test_half_precision_bases(method: str, dtype: torch.dtype) -> None:
 
 
 def test_unknown_names_are_errors_never_the_base() -> None:
-    model, _, host = kit.woven("bert", "lora")
+    _model, _, host = kit.woven("bert", "lora")
     for wrong in ("c", "a >> c", ["a", "c"], "0.5*a + 0.5*typo"):
-        with pytest.raises(CompositionError, match="no module '(c|typo)' on this host"), host.using(wrong):
+        with pytest.raises(CompositionError, match=r"no module '(c|typo)' on this host"), host.using(wrong):
             pass
     with pytest.raises(CompositionError):
         host.fold("c")
@@ -216,7 +216,7 @@ def test_unknown_names_are_errors_never_the_base() -> None:
 
 
 def test_folding_changes_neither_base_nor_module() -> None:
-    model, inputs, host = kit.woven("bert", "lora")
+    model, _inputs, host = kit.woven("bert", "lora")
     base = {k: v.clone() for k, v in model.state_dict().items()}
     host.fold("a + b")
     assert all(torch.equal(base[k], v) for k, v in model.state_dict().items())

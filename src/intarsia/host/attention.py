@@ -65,17 +65,17 @@ class MemorySocket(Child):
         longest = max((0 if p is None else p[0].shape[-2]) for p in parts)
         if longest == 0:
             return None
-        stacked_k, stacked_v, valid = [], [], []
+        empty = keys.new_zeros(keys.shape[1], 0, keys.shape[3])
+        filled, valid = [], []
         for part in parts:
-            length = 0 if part is None else part[0].shape[-2]
-            for stacked, tensor in ((stacked_k, None if part is None else part[0]), (stacked_v, None if part is None else part[1])):
-                filled = keys.new_zeros(keys.shape[1], longest, keys.shape[3])
-                if tensor is not None:
-                    filled = torch.cat([keys.new_zeros(keys.shape[1], longest - length, keys.shape[3]), tensor], 1)
-                stacked.append(filled)
+            pair = part or (empty, empty)
+            length = pair[0].shape[-2]
+            front = keys.new_zeros(keys.shape[1], longest - length, keys.shape[3])
+            filled.append(torch.stack([torch.cat([front, tensor], 1) for tensor in pair]))
             valid.append(torch.arange(longest, device=keys.device) >= longest - length)
         index = call.index(batch, keys.device)
-        return torch.stack(stacked_k)[index], torch.stack(stacked_v)[index], torch.stack(valid)[index]
+        front_keys, front_values = torch.stack(filled)[index].unbind(1)
+        return front_keys, front_values, torch.stack(valid)[index]
 
 
 def gather(blocks: Sequence[MemoryBlock], like: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -144,10 +144,10 @@ def device_of(module: nn.Module) -> torch.device:
 def weight_of(site: Site, module_at: Callable[[str], nn.Module]) -> Tensor | None:
     """The base's parameter at a site as (out, in), cut to the view; a vector stays a vector."""
     module = module_at(site.path)
-    value = module._parameters.get(site.param or "weight")
-    if value is None:
+    parameter = module._parameters.get(site.param or "weight")
+    if parameter is None:
         return None
-    value = value.detach()
+    value: Tensor = parameter.detach()
     if value.dim() == 2 and (site.transposed or type(module).__name__ == "Conv1D"):
         value = value.t()
     return value if site.view is None else cut(value, site, dim=0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intarsia.compose import Expr
-from intarsia.compose.algebra import Terms
+from intarsia.compose.algebra import Algebra, Terms
 from intarsia.errors import CompositionError
 from intarsia.host.build import weight_of
 from intarsia.host.socket import Slot, cut, paste
@@ -51,7 +51,7 @@ class _Maps:
 class _FoldAt:
     """A slot whose deltas act on the affine map; the first that cannot is refused with its reason."""
 
-    algebra = _Maps()
+    algebra: Algebra = _Maps()
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot

@@ -440,7 +440,7 @@ class Host:
 
     def call(
         self,
-        expression: Expression | None | Sequence[Expression],
+        expression: Expression | Sequence[Expression] | None,
         *,
         head: str | None = None,
         context: Mapping[str, Any] | None = None,
@@ -461,7 +461,7 @@ class Host:
 
     @contextlib.contextmanager
     def using(
-        self, expression: Expression | None | Sequence[Expression], *, head: str | None = None, **context: Any
+        self, expression: Expression | Sequence[Expression] | None, *, head: str | None = None, **context: Any
     ) -> Iterator[PreTrainedModel]:
         """Run the model with an expression: in this block and this thread only.
 
@@ -477,7 +477,7 @@ class Host:
         finally:
             CALLS.reset(token)
 
-    def rest(self, expression: Expression | None | Sequence[Expression], *, head: str | None = None) -> Host:
+    def rest(self, expression: Expression | Sequence[Expression] | None, *, head: str | None = None) -> Host:
         """The expression that is active where no `using` says otherwise; None for the bare base."""
         self._state.rest = None if expression is None else self.call(expression, head=head)
         return self

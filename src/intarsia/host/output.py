@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from intarsia.compose import LOGITS
 from intarsia.errors import CompositionError
@@ -107,7 +107,7 @@ class Root(Child):
         if not isinstance(output, ModelOutput):
             raise CompositionError("a head needs the model's named outputs; call the model without return_dict=False")
         if states is None:
-            states = output.last_hidden_state
+            states = output["last_hidden_state"]
         weight = None if self.embedding is None else self.embedding.weight
         seen = View(self.slot.site, call, input=states, mask=mask, embedding=weight)  # type: ignore[arg-type]
         logits = self._logits(call, seen, states, output.get("logits"))

@@ -26,7 +26,6 @@ from intarsia.host.seen import View
 from intarsia.host.socket import Slot, SlotAt, cut, key_of, paste, refuse_rows
 from intarsia.sites.address import Site
 
-
 POSITIONS = key_of("embed.position.weight").removeprefix("m_")
 
 

@@ -12,7 +12,7 @@ from intarsia._registry import Registry
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: Registry[Activation] = Registry("activation")
-for _name, _function in {
+_TABLE: dict[str, Activation] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -20,5 +20,6 @@ for _name, _function in {
     "tanh": F.tanh,
     "leakyrelu": F.leaky_relu,
     "identity": lambda x: x,
-}.items():
+}
+for _name, _function in _TABLE.items():
     ACTIVATIONS.add(_name, _function)

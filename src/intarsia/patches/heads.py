@@ -118,6 +118,12 @@ class Head:
 class LanguageModelHeadForm(Form):
     """logits over the vocabulary, [B, T, V]: LN(act(dense(x))) @ embedding^T + bias."""
 
+    dense: nn.Parameter
+    dense_bias: nn.Parameter
+    norm: nn.Parameter
+    norm_bias: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, parameters: dict[str, nn.Parameter], spec: LanguageModelHead) -> None:
         super().__init__()
         for name, value in parameters.items():
@@ -147,7 +153,7 @@ class LanguageModelHead:
         near_identity = place.parameter(e, d, fill=normal(0.02))
         if e == d and place.device.type != "meta":
             with torch.no_grad():
-                near_identity += torch.eye(d, device=near_identity.device)
+                near_identity.add_(torch.eye(d, device=near_identity.device))
         return LanguageModelHeadForm(
             {
                 "dense": near_identity,

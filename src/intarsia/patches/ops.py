@@ -30,8 +30,8 @@ class Add:
 
     def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
         if port == "weight":
-            value = form.constant()
-            return value if isinstance(value, WhyNot) else Linear(value * self.scale, None)
+            whole = form.constant()
+            return whole if isinstance(whole, WhyNot) else Linear(whole * self.scale, None)
         if port != "out":
             return WhyNot("a value added to a layer's input enters through the layer's own weights; only `out` folds")
         constant = form.constant()

@@ -40,7 +40,7 @@ class Place:
     bidirectional: bool = False
     shared: dict[Hashable, nn.Module] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def tied(self, key: Hashable, build: Callable[[], T]) -> T:
         """Return the part stored under `key`, building it at the first call of this module.
