@@ -57,9 +57,18 @@ class Console:
         text = json.dumps(payload, indent=2, ensure_ascii=not is_utf8(sys.stdout), default=_plain, allow_nan=False)
         sys.stdout.write(text + "\n")
 
+    def records(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Print one JSON object per line."""
+        from intarsia.data import json_line
+
+        for row in rows:
+            text = json_line(row) if is_utf8(sys.stdout) else json.dumps(row, allow_nan=False)
+            sys.stdout.write(text + "\n")
+
     def line(self, text: str = "") -> None:
-        """Print a line of the result."""
+        """Print a line of the result, at once: it may be long until the next."""
         sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Say something about the way to the result, on standard error; not with `--quiet`."""

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from intarsia.cli.console import Console
-from intarsia.cli.options import AllowNetwork, Columns, Encoding, Format, Header, Normalise, SkipBad, read_table
+from intarsia.cli.options import (
+    AllowNetwork,
+    Columns,
+    Encoding,
+    Format,
+    Header,
+    Normalise,
+    SkipBad,
+    read_table,
+    reading,
+)
 from intarsia.cli.verb import verb
 from intarsia.errors import DataError, UsageError
 
@@ -26,8 +36,8 @@ MaxLength = Annotated[int | None, typer.Option("--max-length", help="Pieces a te
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the whole report as markdown.")]
 
 #: names of columns that are taken without being told, in this order
-TEXTS = ("text", "tokens", "sentence", "source")
-LABELS = ("label", "tags", "labels", "tag", "target")
+TEXTS = ("text", "sentence", "tokens", "words", "source")
+LABELS = ("label", "labels", "category", "class", "tags", "ner_tags", "upos")
 SPLITS = ("train", "dev", "test")
 
 
@@ -47,9 +57,9 @@ def check(
     max_length: MaxLength = None,
     format: Format = None,
     columns: Columns = None,
-    encoding: Encoding = "utf-8",
-    normalise: Normalise = "NFC",
-    skip_bad: SkipBad = 0,
+    encoding: Encoding = None,
+    normalise: Normalise = None,
+    skip_bad: SkipBad = None,
     header: Header = None,
     markdown: Markdown = False,
     allow_network: AllowNetwork = False,
@@ -62,12 +72,8 @@ def check(
 
     if len(files) > len(SPLITS):
         raise UsageError(f"up to three files (train, dev, test), found {len(files)}; a shell pattern matched more than was meant?")
-    tables = [
-        read_table(
-            file, format=format, columns=columns, encoding=encoding, normalise=normalise, skip_bad=skip_bad, header=header
-        )
-        for file in files
-    ]
+    settings = reading(columns, encoding, normalise, skip_bad, header)
+    tables = [read_table(file, format, settings) for file in files]
     tokenizer = None
     if base is not None:
         from intarsia.bases import load
@@ -94,7 +100,9 @@ def check(
 
 
 def guessed(table: Table, names: tuple[str, ...], option: str) -> str:
-    """The first of the usual names among a table's columns."""
+    """The first of the usual names among a table's columns; both columns of parallel text."""
+    if {"source", "target"} <= set(table.names):
+        return "source,target"
     for name in names:
         if name in table.names:
             return name

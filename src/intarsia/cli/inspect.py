@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console
-from intarsia.cli.options import AllowNetwork, Config
+from intarsia.cli.options import AllowNetwork, ModelConfig
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError
 
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    console: Console, model: Model = None, config: Config = None, sites: AllSites = False, allow_network: AllowNetwork = False
+    console: Console, model: Model = None, config: ModelConfig = None, sites: AllSites = False, allow_network: AllowNetwork = False
 ) -> None:
     """Show a model's sites, shapes, layers and norms, its fingerprint, and what each method would train on it."""
     if (model is None) == (config is None):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console
-from intarsia.cli.options import AllowNetwork, Config, Settings
+from intarsia.cli.options import AllowNetwork, ModelConfig, Settings
 from intarsia.cli.verb import verb
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def methods(
     console: Console,
     name: Name = None,
     base: OnBase = None,
-    config: Config = None,
+    config: ModelConfig = None,
     set_: Settings = None,
     allow_network: AllowNetwork = False,
 ) -> None:

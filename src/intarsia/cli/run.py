@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import typer
 
 from intarsia.cli.console import is_utf8
+from intarsia.cli.verb import ReaderGone
 from intarsia.errors import IntarsiaError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -51,17 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream)
     try:
-        with _terminable():
-            code = _run(words)
-        sys.stdout.flush()
-        return code
+        with _terminable(), warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _run(words)
     except IntarsiaError as error:
         return _fail(one_line(str(error)), error.exit_code, debug)
     except _USAGE as error:
         return _fail(f"{one_line(error.format_message())}{_where_help(error)}", 2, debug)
-    except BrokenPipeError:
+    except ReaderGone:
         _silence(sys.stdout)
-        return 0  # the reader has seen enough
+        return 0
     except OSError as error:
         return _fail(one_line(_os_error(error)), 5, debug)
     except (KeyboardInterrupt, typer.Abort):
@@ -86,6 +87,11 @@ def _run(words: list[str]) -> int:
 def one_line(text: str) -> str:
     """The text with every run of white space and control characters as one blank."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None) -> None:
+    """A warning of the library as one line."""
+    sys.stderr.write(f"warning: {one_line(str(message))}\n")
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

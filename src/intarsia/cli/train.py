@@ -1,1 +1,304 @@
-def register(app): pass
+"""`intarsia train`: a module from files, by flags or by a configuration file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intarsia.cli.console import Console, size_text
+from intarsia.cli.options import (
+    AllowNetwork,
+    Columns,
+    ConfigFile,
+    Encoding,
+    Format,
+    Header,
+    Normalise,
+    Settings,
+    SkipBad,
+    TaskSettings,
+    parse_pairs,
+    parse_settings,
+    parse_value,
+    parse_values,
+    read_table,
+    reading,
+)
+from intarsia.cli.running import Expression, ForceBase, Modules, module_files
+from intarsia.cli.verb import verb
+from intarsia.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    from intarsia.data import Table
+    from intarsia.tasks import BaseTask
+    from intarsia.train import Result
+    from intarsia.train.config import TrainConfig
+
+Base = Annotated[str | None, typer.Option("--base", help="A folder, a name of `intarsia bases`, or a hub id.")]
+Train = Annotated[list[str] | None, typer.Option("--train", "--data", help="Training data; may be given several times.")]
+Dev = Annotated[list[str] | None, typer.Option("--dev", help="Data that select the best checkpoint; may be given several times.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="classify, regress, tag, mlm, clm or seq2seq; else what the columns suggest.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="A method of `intarsia methods`; lora if nothing is said.")]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the new module; the method's if nothing is said.")]
+Out = Annotated[str | None, typer.Option("--out", "-o", help="Run directory; runs/NAME if nothing is said.")]
+Resume = Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory, exactly.", metavar="RUN")]
+Lang = Annotated[list[str] | None, typer.Option("--lang", help="Language of the data (BCP-47: swh, kab-Latn); may be given several times.")]
+Role = Annotated[list[str] | None, typer.Option("--role", metavar="KEY=VALUE", help="What the module is about, e.g. domain=news.")]
+CardField = Annotated[list[str] | None, typer.Option("--card", metavar="KEY=VALUE", help="A field of the card, e.g. licence=CC-BY-4.0.")]
+RecipeField = Annotated[
+    list[str] | None, typer.Option("--recipe", metavar="KEY=VALUE", help="Any hyper-parameter, e.g. warmup=0.1; may be given several times.")
+]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the training data (5).")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Optimiser steps; epochs then do not count.")]
+Batch = Annotated[int | None, typer.Option("--batch-size", help="Rows of one optimiser step, over all pieces and processes (16).")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate of the method; the method's own if nothing is said.")]
+HeadRate = Annotated[float | None, typer.Option("--head-lr", help="Learning rate of a new head.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Pieces per row; longer rows are cut or read in windows.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of initial values, order and dropout (0).")]
+Patience = Annotated[int | None, typer.Option("--patience", help="Stop after so many evaluations without a better dev metric.")]
+Force = Annotated[bool, typer.Option("--force", help="Train although the data check objects.")]
+
+
+def register(app: typer.Typer) -> None:
+    verb(app, "train")(train)
+
+
+def train(
+    console: Console,
+    base: Base = None,
+    train: Train = None,
+    dev: Dev = None,
+    task: TaskName = None,
+    method: MethodName = None,
+    set_: Settings = None,
+    name: Name = None,
+    out: Out = None,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: Batch = None,
+    lr: Rate = None,
+    head_lr: HeadRate = None,
+    max_length: MaxLength = None,
+    seed: Seed = None,
+    patience: Patience = None,
+    recipe: RecipeField = None,
+    module: Modules = None,
+    expr: Expression = None,
+    lang: Lang = None,
+    role: Role = None,
+    card: CardField = None,
+    task_set: TaskSettings = None,
+    format: Format = None,
+    columns: Columns = None,
+    encoding: Encoding = None,
+    normalise: Normalise = None,
+    skip_bad: SkipBad = None,
+    header: Header = None,
+    force: Force = False,
+    force_base: ForceBase = False,
+    allow_network: AllowNetwork = False,
+) -> None:
+    """Train a module on a frozen base and keep it as a file.
+
+    intarsia train --base me5-small --train train.tsv --dev dev.tsv --method lora --set rank=8
+    """
+    from intarsia.train.config import TrainConfig, load_config, read_file
+
+    flags = {
+        "base": base, "train": _one_or_many(train), "dev": _one_or_many(dev), "task": task, "method": method, "name": name, "out": out,
+        "format": format, "expression": expr, "modules": module_files(module) or None, "method_seed": seed,
+        "recipe.epochs": epochs, "recipe.max_steps": max_steps, "recipe.batch_size": batch_size, "recipe.learning_rate": lr,
+        "recipe.head_learning_rate": head_lr, "recipe.max_length": max_length, "recipe.seed": seed, "recipe.patience": patience,
+    }  # fmt: skip
+    values = {key: value for key, value in flags.items() if value is not None}
+    values |= {f"recipe.{k}": parse_value(v) for k, v in parse_pairs(recipe, "--recipe").items()}
+    values |= {f"read_settings.{k}": v for k, v in reading(columns, encoding, normalise, skip_bad, header).items()}
+    values |= {f"roles.{k}": v for k, v in parse_pairs(role, "--role").items()}
+    values |= {f"card.{k}": parse_value(v) for k, v in parse_pairs(card, "--card").items()}
+    if lang:
+        values |= {"card.languages": lang, "roles.language": "+".join(lang)}
+    if resume is not None:
+        if values or config is not None or set_ or task_set:
+            raise UsageError("--resume goes on with a run as it was started: give no other options (see its run.json)")
+        chosen = load_config(TrainConfig, None, {**stored_config(resume), "out": str(resume)})
+    else:
+        written = read_file(config) if config is not None else {}
+        values |= _settings(values, written, set_, task_set)
+        chosen = load_config(TrainConfig, config, values | guesses(values, written))
+    result = run(console, chosen, resume=resume is not None, force=force, force_base=force_base, allow_network=allow_network)
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.result(payload(result, chosen), lambda: _report(console, result, chosen))
+
+
+def _one_or_many(given: list[str] | None) -> str | list[str] | None:
+    return given[0] if given and len(given) == 1 else given or None
+
+
+def _settings(values: Mapping[str, Any], written: Mapping[str, Any], set_: list[str] | None, task_set: list[str] | None) -> dict[str, Any]:
+    """`--set` and `--task-set` as values by dotted key."""
+    found: dict[str, Any] = {}
+    if set_:
+        from intarsia.methods import METHODS
+
+        row = METHODS[values.get("method", written.get("method", "lora"))]
+        found |= {f"method_settings.{k}": list(v) if isinstance(v, tuple) else v for k, v in parse_settings(set_, row).items()}
+    if task_set:
+        from intarsia.tasks import TASKS
+
+        name = values.get("task", written.get("task"))
+        found |= {f"task_settings.{k}": v for k, v in parse_values(task_set, "--task-set", TASKS[name].defaults if name else {}).items()}
+    return found
+
+
+def guesses(values: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """What nobody said and need not be asked: the name, the run directory, the task."""
+    found: dict[str, Any] = {}
+
+    def said(key: str, default: Any) -> Any:
+        return values.get(key, written.get(key, default))
+
+    name = said("name", None)
+    if name is None:
+        name = found["name"] = said("method", "lora")
+    if said("out", None) is None:
+        found["out"] = str(Path("runs") / str(name))
+    if said("task", None) is None and said("train", None) is not None:
+        from intarsia.tasks import infer_task
+
+        settings = {**written.get("read_settings", {}), **{k.partition(".")[2]: v for k, v in values.items() if k.startswith("read_settings.")}}
+        found["task"] = infer_task(read_table(said("train", ""), said("format", None), settings))
+    return found
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The configuration a run was started with.
+
+    Raises:
+        StoreError: the directory holds no run.
+        UsageError: the run was not started by this command.
+    """
+    import json
+
+    try:
+        facts = json.loads((folder / "run.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder / 'run.json'}: there is no run to go on with: {error}") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise UsageError(f"{folder / 'run.json'}: this run was not started by `intarsia train`; go on with it from Python: train(..., resume=True)")
+    return dict(facts["config"])
+
+
+def run(
+    console: Console, config: TrainConfig, *, resume: bool, force: bool, force_base: bool, allow_network: bool
+) -> Result:
+    """Train as a configuration says."""
+    from intarsia import bases, tasks
+    from intarsia.host import Host
+    from intarsia.methods import METHODS
+    from intarsia.modules import Card, load, save
+    from intarsia.train import reporter
+    from intarsia.train import train as train_module
+
+    recipe = config.build_recipe()
+    completed(Card(), config.card)  # refused before training, not after
+    method = METHODS[config.method].build(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.method_settings.items()})
+    table = read_table(config.train, config.format, config.read_settings)
+    dev = None if config.dev is None else read_table(config.dev, config.format, config.read_settings)
+    kind = tasks.TASKS[config.task]
+    base = bases.load(config.base, head="none" if kind.name in ("classify", "regress", "tag") else None, allow_network=allow_network)
+    settings = {**tasks.base_settings(kind.name, base), **config.task_settings}
+    if recipe.max_length is not None:
+        settings.setdefault("max_length", recipe.max_length)
+    task = tasks.build(kind.name, base.tokenizer, table=table, settings=settings, model=base.model)
+    check_data(console, task, table, dev, force=force)
+    host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
+    for name, path in config.modules.items():
+        host.insert(load(path, name=name), force_base=force_base)
+    host.add(config.name, method if task.head is None else method.with_head(task.head), seed=config.method_seed, roles=config.roles)
+    console.note(f"{config.name}: {config.method} on {base.name}, {host.count(host.method(config.name)):,} trainable parameters")
+    result = train_module(
+        host, config.name, task, table, dev, recipe=recipe, run_dir=config.out, expression=config.expression, resume=resume,
+        progress=reporter(quiet=console.quiet), config=config.model_dump(mode="json"),
+    )  # fmt: skip
+    if config.card and result.path is not None:
+        result = replace(result, module=result.module.with_card(completed(result.module.card, config.card)))
+        save(result.module, result.path)
+    return result
+
+
+def completed(card: Any, fields: Mapping[str, Any]) -> Any:
+    """A card with the user's fields.
+
+    Raises:
+        UsageError: a card has no such field.
+    """
+    from intarsia.errors import nearest
+
+    known = [name for name in card.__dataclass_fields__ if name not in ("data", "metrics", "cost", "recipe", "parents")]
+    for key in fields:
+        if key not in known:
+            raise UsageError(f"card: no field {key!r} that a user writes{nearest(key, known)} known: {', '.join(known)}")
+    return replace(card, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def check_data(console: Console, task: BaseTask[Any], table: Table, dev: Table | None, *, force: bool) -> None:
+    """Look at the data before training on them; findings that make a result meaningless stop it.
+
+    Raises:
+        DataError: what was found, unless `force`.
+    """
+    from intarsia.data import check
+
+    options = task.options
+    roles = [getattr(options, role, None) for role in ("text", "pair", "tokens", "source", "target", "prompt", "completion")]
+    texts = [name for name in roles if isinstance(name, str) and name in table.names]
+    label = next((getattr(options, role) for role in ("tags", "label", "value") if getattr(options, role, None) in table.names), None)
+    several = getattr(options, "problem", "") == "multi"
+    report = check(
+        table, dev, text=texts, label=None if several else label, numeric_label=task.name == "regress", tokenizer=task.tokenizer,
+        max_length=task.max_length,
+    )  # fmt: skip
+    for line in report.warnings:
+        console.warn(line)
+    if force:
+        for line in report.errors:
+            console.warn(line)
+    report.require(force=force)
+
+
+def payload(result: Result, config: TrainConfig) -> dict[str, Any]:
+    """A training's outcome as plain values."""
+    cost = result.module.card.cost
+    return {
+        "name": config.name,
+        "file": None if result.path is None else str(result.path),
+        "digest": result.module.digest,
+        "parameters": None if cost is None else cost.trainable,
+        "size": None if result.path is None else result.path.stat().st_size,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": round(result.seconds, 3),
+        "dev": {name: dict(score) for name, score in result.metrics.items()},
+        "warnings": list(result.warnings),
+        "card_missing": result.module.card.missing(),
+    }
+
+
+def _report(console: Console, result: Result, config: TrainConfig) -> None:
+    from intarsia.cli.evaluate import interval
+
+    told = payload(result, config)
+    console.line(f"{config.name}: {told['parameters']:,} trained parameters, {result.steps} steps in {result.seconds:.0f} s, from step {result.best_step}")
+    if result.metrics:
+        console.table(["dev", "n", *result.metrics], [["", next(iter(result.metrics.values()))["n"], *(interval(dict(m)) for m in result.metrics.values())]])
+    console.line(f"wrote {result.path} ({size_text(told['size'])}), and beside it run.json, metrics.jsonl, curve.png")
+    if told["card_missing"]:
+        console.line(f"its card lacks: {', '.join(told['card_missing'])} (--card KEY=VALUE)")
+    console.line(f"Next:  intarsia eval -m {result.path} test=TEST_FILE\n       intarsia predict -m {result.path} --line 'some text'")

@@ -6,6 +6,7 @@ A verb's first argument is the `Console` that these options describe; the others
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -20,6 +21,10 @@ _COMMON = {
 }
 
 
+class ReaderGone(BaseException):
+    """Whoever read standard output has seen enough (`| head`); no error, but typer would make one of BrokenPipeError."""
+
+
 def verb(app: typer.Typer, name: str, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register `function(console, ...)` as the command `name` of `app`.
 
@@ -29,7 +34,11 @@ def verb(app: typer.Typer, name: str, **options: Any) -> Callable[[Callable[...,
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         def run(**given: Any) -> None:
-            function(Console(**{key: given.pop(key) for key in _COMMON}), **given)
+            try:
+                function(Console(**{key: given.pop(key) for key in _COMMON}), **given)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise ReaderGone from None
 
         signature = inspect.signature(function, eval_str=True)
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]

@@ -1,0 +1,168 @@
+"""What `eval` and `predict` share: a base with modules on it, the expression that runs, the task that reads its outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intarsia.cli.options import parse_values
+from intarsia.errors import CompositionError, ModuleError, UsageError, listing
+
+if TYPE_CHECKING:
+    from intarsia.host import Host
+    from intarsia.modules import Module
+    from intarsia.tasks import BaseTask
+    from intarsia.train.config import EvalConfig, PredictConfig
+
+BaseName = Annotated[str | None, typer.Option("--base", help="A folder, a name of `intarsia bases`, or a hub id; else what the module names.")]
+Modules = Annotated[
+    list[str] | None, typer.Option("--module", "-m", metavar="[NAME=]FILE", help="A module file; may be given several times.")
+]
+Expression = Annotated[
+    str | None, typer.Option("--expr", help="What runs: 'swh >> ner', '0.5*de + 0.5*nl', 'average(a, b)'; else the only module.")
+]
+HeadOf = Annotated[str | None, typer.Option("--head", help="The module whose head answers, where several have one.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows of one forward pass.", min=1)]
+ForceBase = Annotated[bool, typer.Option("--force-base", help="Use a module on a base with other weights than it was trained on.")]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A host with modules, ready to answer.
+
+    Attributes:
+        expression: what runs, as text.
+        head: the module whose head answers, None where the expression has one at most.
+        task: reads rows and outputs.
+    """
+
+    host: Host
+    expression: str
+    head: str | None
+    task: BaseTask[Any]
+
+
+def module_files(given: Sequence[str] | None) -> dict[str, str]:
+    """`["a=x.safetensors", "y.safetensors"]` -> file by name; without a name it is the one in the file.
+
+    Raises:
+        UsageError: a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for item in given or ():
+        name, equals, path = item.partition("=")
+        if not equals or os.path.exists(item):
+            from intarsia.modules import read_header
+
+            name, path = read_header(item).name, item
+        if name in found:
+            raise UsageError(f"two modules are called {name!r}: {found[name]} and {path}; call one of them differently: --module NAME={path}")
+        found[name] = path
+    return found
+
+
+def base_of(files: Mapping[str, str]) -> str:
+    """The base that the first of some module files names on its card.
+
+    Raises:
+        UsageError: there is no module, or it names no base.
+    """
+    from intarsia.modules import read_header
+
+    for path in files.values():
+        if named := read_header(path).card.base:
+            return named
+        raise UsageError(f"{path} does not name its base; say it with --base")
+    raise UsageError("say which module runs, e.g. --module NAME=FILE")
+
+
+def defaults(values: dict[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for `load_config`: those of the flags, and the base that the modules name where nothing says it.
+
+    Args:
+        values: what the flags say.
+        written: what the configuration file says.
+    """
+    files = {**written.get("modules", {}), **values.get("modules", {})}
+    if files:
+        values["modules"] = files
+    if "base" not in values and "base" not in written:
+        values["base"] = base_of(files)
+    return values
+
+
+def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | None, *, allow_network: bool, force_base: bool) -> Running:
+    """Load base and modules and find out which task they are for.
+
+    Raises:
+        CompositionError: no expression is given and there are several modules, or the expression is not legal.
+        ModuleError: a module does not fit, or none of those that run says which task it is for.
+    """
+    from intarsia import bases
+    from intarsia.compose import expr
+    from intarsia.host import Host
+    from intarsia.modules import load
+
+    modules = {name: load(path, name=name) for name, path in config.modules.items()}
+    expression = config.expression
+    if expression is None:
+        if len(modules) != 1:
+            raise CompositionError(f"there are {len(modules)} modules: say what runs, e.g. --expr '{' >> '.join(modules) or 'NAME'}'")
+        expression = next(iter(modules))
+    parsed = expr(expression)
+    order = list(dict.fromkeys(ref.name for ref in parsed.refs()))
+    owner = task_owner([modules[name] for name in order if name in modules], config.head)
+    loaded = bases.load(config.base, head="none" if owner.method.head is not None else None, allow_network=allow_network)
+    host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
+    for module in modules.values():
+        host.insert(module, force_base=force_base)
+    host.call(parsed, head=config.head)  # refused before anything is read
+    return Running(host, str(parsed), config.head, build_task(owner, host, config.task_settings, task_settings))
+
+
+def task_owner(modules: Sequence[Module], head: str | None) -> Module:
+    """The module that says which task an expression is for: the head's, else the last that was trained on one."""
+    from intarsia.tasks import CONTEXT
+
+    told = [module for module in modules if CONTEXT in module.context and head in (None, module.name)]
+    with_head = [module for module in told if module.labels is not None]
+    for found in (*reversed(with_head), *reversed(told)):
+        return found
+    raise ModuleError(f"none of the modules {listing(m.name for m in modules) or '(none)'} says which task it was trained on")
+
+
+def build_task(owner: Module, host: Host, settings: Mapping[str, Any], pairs: Sequence[str] | None) -> BaseTask[Any]:
+    """The task of a stored module, with some settings changed."""
+    from intarsia.tasks import CONTEXT, TASKS, build
+
+    stored = dict(owner.context[CONTEXT])
+    name = stored.pop("name")
+    changed = {**settings, **parse_values(pairs, "--task-set", TASKS[name].defaults)}
+    return build(name, host.tokenizer, labels=owner.labels, settings={**stored, **changed}, columns={}, model=host.model)
+
+
+class Passed:
+    """A task's progress in batches, shown by a reporter.
+
+    Args:
+        what: the word in front of the bar.
+    """
+
+    def __init__(self, what: str, *, quiet: bool) -> None:
+        from intarsia.train import reporter
+
+        self.what = what
+        self.inner = reporter(quiet=quiet)
+        self.started = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.started:
+            self.inner.start(self.what, total)
+            self.started = True
+        self.inner.update(done)
+        if done >= total:
+            self.inner.stop()
