@@ -62,7 +62,8 @@ class Site:
         view: the part of a fused projection, None if the module is the role.
         residual: path of the module whose input is the sub-layer's skip connection (sub-layer outputs only).
         norm: path of the module that normalises `h + residual` (post-LN sub-layer outputs only).
-        reads: path of the first projection of the sub-layer, whose input is what the sub-layer reads.
+        reads: path of the first projection of the sub-layer, whose input is what the sub-layer reads (outputs of
+            sub-layers, `heads` and `mem`).
         param: name of the parameter within the module (`weight` port only).
         shape: shape of the parameter as the module stores it (`weight` port only).
         transposed: the parameter is stored (in, out), as GPT-2's Conv1D does.
@@ -108,20 +109,23 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _segments_match(pattern: Sequence[str], name: Sequence[str]) -> bool:
-    """Match dotted words; `*` is one word, `**` any number of words."""
+    """Match dotted words; `*` is one word, `#` one number, `**` any number of words."""
     if not pattern:
         return not name
     if pattern[0] == "**":
         return any(_segments_match(pattern[1:], name[i:]) for i in range(len(name) + 1))
-    return bool(name) and pattern[0] in ("*", name[0]) and _segments_match(pattern[1:], name[1:])
+    if not name:
+        return False
+    fits = pattern[0] in ("*", name[0]) or (pattern[0] == "#" and name[0].isdecimal())
+    return fits and _segments_match(pattern[1:], name[1:])
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a site pattern covers a site name.
 
     A pattern is matched against the *end* of the name, word by word: `attn.q` covers `3.attn.q` and
-    `encoder.3.attn.q`, never `3.xattn.q`.  `*` stands for one word, `**` for any number, `{a,b}` for alternatives,
-    a comma at top level separates patterns.
+    `encoder.3.attn.q`, never `3.xattn.q`.  `*` stands for one word, `#` for a number (so `#` alone covers the outputs of
+    all blocks), `**` for any number of words, `{a,b}` for alternatives; a comma at top level separates patterns.
     """
     words = name.split(".")
     return any(_segments_match(["**", *p.strip().split(".")], words) for q in _split_top(pattern) for p in expand_braces(q))

@@ -112,7 +112,8 @@ class Block:
         for word in ("q", "k", "v", "q.norm", "k.norm", "pos_q", "pos_k", "relative"):
             self.leaf(f"{name}.{word}")
         self.memory(name)
-        self.add(f"{name}.heads", self.full(f"{name}.o"), port="in", features=self.input_width(f"{name}.o"))
+        width = self.input_width(f"{name}.o")
+        self.add(f"{name}.heads", self.full(f"{name}.o"), port="in", features=width, reads=self.reads(name))
         self.leaf(f"{name}.o")
 
     def attention_parts(self, name: str, fused: str) -> dict[str, int]:
@@ -148,7 +149,7 @@ class Block:
         if keys is None:
             raise SiteError(f"{self.draft.name}: the anatomy does not say where the keys of {self.name(name)!r} are")
         heads = self.heads(name, keys.features)
-        self.add(f"{name}.mem", path, port="mem", features=heads[1], heads=heads)
+        self.add(f"{name}.mem", path, port="mem", features=heads[1], heads=heads, reads=self.reads(name))
 
     def feed_forward(self) -> None:
         for word in ("gate_up", "gate", "up"):
