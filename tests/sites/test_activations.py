@@ -87,6 +87,9 @@ def test_reads_is_what_the_sublayer_reads(observed: tuple[str, Observer]) -> Non
             f = last(observer, site)
             expected = last(observer, f"{site.name}.norm").value if order in ("pre", "sandwich") else f.residual
             assert close(f.reads, expected), site.name
+            for word in ("heads", "mem"):
+                if f"{site.name}.{word}" in observer.sites:
+                    assert observer.sites[f"{site.name}.{word}"].reads == site.reads
 
 
 def test_projections_lead_to_each_other(observed: tuple[str, Observer]) -> None:
@@ -161,6 +164,14 @@ def test_the_sequence_can_be_given_as_embeddings(name: str) -> None:
 
 def _decoder(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name.startswith("decoder")}
+
+
+def test_the_sequence_passes_through_the_module(observed: tuple[str, Observer]) -> None:
+    """A hook there would see the call (OPT's language model calls the decoder past its base)."""
+    _, observer = observed
+    for site in observer.sites.values():
+        if site.port in ("seq", "mem"):
+            assert len(observer.outputs[site.path]) >= 1, site.name
 
 
 @pytest.mark.parametrize("name", zoo.SPEECH)

@@ -14,13 +14,13 @@ from intarsia.sites.address import expand_braces
 
 WORD = st.sampled_from(["attn", "xattn", "q", "v", "0", "11", "encoder", "ffn", "norm", "weight"])
 NAME = st.lists(WORD, min_size=1, max_size=5).map(".".join)
-SEGMENT = WORD | st.sampled_from(["*", "**"])
+SEGMENT = WORD | st.sampled_from(["*", "**", "#"])
 PLAIN = st.lists(SEGMENT, min_size=1, max_size=4).map(".".join)
 
 
 def by_regex(pattern: str, name: str) -> bool:
     """A pattern without braces and commas as a regular expression over whole words."""
-    words = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
+    words = {"*": r"[^.]+\.", "#": r"[0-9]+\.", "**": r"(?:[^.]+\.)*"}
     body = "".join(words.get(word) or re.escape(word) + r"\." for word in pattern.split("."))
     return re.fullmatch(r"(?:[^.]+\.)*" + body, name + ".") is not None
 

@@ -133,6 +133,7 @@ WRONG: list[tuple[str, str, dict[str, Any], str]] = [
     ("whisper", "encoder", {"tokens": True}, "tokens"),
     ("xmod", "", {"unsited": {}}, "executions of ffn.norm"),
     ("bert", "", {"unsited": {"ffn.norm": "no"}}, "executions of ffn.norm"),
+    ("opt", "", {"entry": ""}, "entry"),
     ("deberta-v3", "", {"reused": frozenset()}, "executions of attn.q"),
     ("albert", "", {"around": {"embed": "embeddings.word_embeddings"}}, "stem"),
     ("bart", "decoder", {"around": {"embed": "encoder.embed_tokens"}}, "embed"),

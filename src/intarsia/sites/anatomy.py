@@ -168,7 +168,7 @@ _ALBERT = Stack(
     around={
         **_BERT.around,
         "embed.project": "encoder.embedding_hidden_mapping_in",
-        "stem": "encoder.embedding_hidden_mapping_in",  # its blocks run many times: the input of block 0 is not the stem
+        "stem": "encoder.embedding_hidden_mapping_in",  # its blocks run many times: their input is not the stem
         "pooler": "pooler?",
     },
 )
@@ -316,7 +316,8 @@ _OPT = _with(
     blocks="decoder.layers",
     entry="decoder",
     around={
-        **_under("decoder", {"embed": "embed_tokens", "embed.position": "embed_positions", "embed.project": "project_in?"}),
+        **_under("decoder", {"embed": "embed_tokens", "embed.position": "embed_positions"}),
+        **_under("decoder", {"embed.project": "project_in?"}),
         **_under("decoder", {"final.norm": "final_layer_norm?", "final.project": "project_out?"}),
     },
 )
@@ -332,7 +333,9 @@ _CROSS = {
 }
 
 
-def _fairseq(order: Order, *, shared: str, encoder: Mapping[str, str], decoder: Mapping[str, str], tokens: bool = True) -> Anatomy:
+def _fairseq(
+    order: Order, *, shared: str, encoder: Mapping[str, str], decoder: Mapping[str, str], tokens: bool = True
+) -> Anatomy:
     """The two stacks of a model of fairseq's descent; `encoder` and `decoder` say what stands around them."""
     left = _with(_FAIRSEQ, blocks="encoder.layers", order=order, around=_under("encoder", encoder), tokens=tokens)
     right = _with(_FAIRSEQ, blocks="decoder.layers", order=order, roles=_CROSS, around=_under("decoder", decoder))

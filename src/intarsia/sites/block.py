@@ -117,7 +117,7 @@ class Block:
         self.leaf(f"{name}.o")
 
     def attention_parts(self, name: str, fused: str) -> dict[str, int]:
-        """Features of each part of a fused projection: queries are as wide as the input of `o`, keys and values share the rest."""
+        """Features of the parts of a fused projection: queries as many as the input of `o`, keys and values the rest."""
         rest = self.draft.features(self.full(f"{name}.{fused}"), f"{name}.{fused}", self.width)
         queries = {}
         if fused == "qkv":
@@ -131,7 +131,8 @@ class Block:
         size = structure.head_size(attention, self.draft.model.config)
         if not size or keys % size:
             raise SiteError(
-                f"{self.draft.name}: {self.name(name)}: its keys have {keys} features, which heads of size {size} do not divide"
+                f"{self.draft.name}: {self.name(name)}: its keys have {keys} features, "
+                f"which heads of size {size} do not divide"
             )
         return keys // size, size
 

@@ -84,7 +84,7 @@ class Fingerprint:
                 continue
             hint = ""
             if name == "weights" and self.dtype != other.dtype and "float16" in (self.dtype, other.dtype):
-                hint = f" (loaded as {self.dtype} and {other.dtype}: load both in the same type, or in bfloat16, to compare them)"
+                hint = f" (loaded as {self.dtype} and {other.dtype}: load both in one type, or in bfloat16, to compare)"
             return f"{name}: {_show(mine)} and {_show(theirs)}{hint}"
         return None
 
@@ -159,13 +159,15 @@ def _show(value: object) -> str:
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """(name below the base, module that holds it, tensor) of every tensor that belongs to the base, tied ones repeatedly."""
+    """(name below the base, module that holds it, tensor) of every tensor of the base, tied ones repeatedly."""
     base = model.get_submodule(structure.base_path(model))
     head = structure.output_embeddings(model)
     for path, module in base.named_modules(remove_duplicate=False):
         if module is head or path.startswith("pooler") or structure.is_socket(path):
             continue
-        kept = {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        kept = {
+            name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
         for name, tensor in {**module._parameters, **kept}.items():
             if tensor is not None:
                 yield structure.join(path, name), module, tensor
@@ -176,7 +178,10 @@ def _values(name: str, module: nn.Module, tensor: Tensor) -> Tensor:
         return tensor.detach()
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if offloaded is None:
-        raise BaseError(f"the base has no values at {name!r} (meta device), so it cannot be told which base it is; load its weights first")
+        raise BaseError(
+            f"the base has no values at {name!r} (meta device), so it cannot be told which base it is; "
+            "load its weights first"
+        )
     values: Tensor = offloaded[name.rpartition(".")[2]]
     return values
 
@@ -197,7 +202,9 @@ def _sample(tensor: Tensor) -> bytes:
 def _layers(config: Any) -> tuple[int, ...]:
     if getattr(config, "is_encoder_decoder", False):
         pairs = (("encoder_layers", "num_layers"), ("decoder_layers", "num_decoder_layers"))
-        return tuple(next((int(getattr(config, n)) for n in names if getattr(config, n, None) is not None), 0) for names in pairs)
+        return tuple(
+            next((int(getattr(config, n)) for n in names if getattr(config, n, None) is not None), 0) for names in pairs
+        )
     return (int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0),)
 
 

@@ -1,4 +1,4 @@
-"""Structure without names: one traced forward pass of a small twin, and arithmetic identities that only one place fulfils.
+"""Structure without names: a traced forward pass of a small twin, and arithmetic identities that one place fulfils.
 
 * a block is an element of the innermost list whose elements each hold an attention and a feed-forward;
 * `v` is the linear whose output *equals* the values the attention was given (or a part of it: a fused projection),
@@ -9,8 +9,8 @@
   input is `residual + h`, inside if its output is `h`.
 
 Where an attention does not go through transformers' interface (DeBERTa-v2, BLOOM, XGLM) a short list of names stands in
-for the first step; the rest is arithmetic as well.  `verify.py` compares a row of `anatomy.py` with what is found here, so
-neither can rot alone.  Nothing here touches the user's model: see `twin.py`.
+for the first step; the rest is arithmetic as well.  `verify.py` compares a row of `anatomy.py` with what is found here,
+so neither can rot alone.  Nothing here touches the user's model: see `twin.py`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Inference:
         try:
             return trace(self.twin, batch)
         except Exception as error:
+            said = next(iter(str(error).splitlines()), "")
             raise SiteError(
-                f"{self.name}: a forward pass of its small twin failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+                f"{self.name}: a forward pass of its small twin failed ({type(error).__name__}: {said}); "
                 "give infer or verify a batch that fits, or resolve a row"
             ) from error
 
@@ -89,7 +90,11 @@ class Inference:
             path
             for path, module in self.twin.named_modules()
             if isinstance(module, nn.ModuleList)
-            and (called := [first[join(path, child)] for child, _ in module.named_children() if join(path, child) in first])
+            and (
+                called := [
+                    first[join(path, child)] for child, _ in module.named_children() if join(path, child) in first
+                ]
+            )
             and all(self._is_block(call) for call in called)
         ]
         innermost = [path for path in candidates if not any(other.startswith(path + ".") for other in candidates)]
@@ -99,7 +104,10 @@ class Inference:
             children = (join(path, child) for child, _ in self.twin.get_submodule(path).named_children())
             found.setdefault(pattern, []).extend(first[child] for child in children if child in first)
         if not found:
-            raise SiteError(f"{self.name}: cannot find its blocks (no list of modules whose elements hold an attention and a feed-forward)")
+            raise SiteError(
+                f"{self.name}: cannot find its blocks "
+                "(no list of modules whose elements hold an attention and a feed-forward)"
+            )
         return {pattern: sorted(calls, key=lambda call: call.start) for pattern, calls in found.items()}
 
     def _stacks(self) -> dict[str, list[Call]]:
@@ -107,7 +115,9 @@ class Inference:
             return {"": next(iter(self.lists.values()))}
         crossing = [pattern for pattern, calls in self.lists.items() if self._block(calls[0]).find().crosses]
         if len(self.lists) != 2 or len(crossing) != 1:
-            raise SiteError(f"{self.name}: cannot tell encoder and decoder apart among the lists of blocks {', '.join(self.lists)}")
+            raise SiteError(
+                f"{self.name}: cannot tell encoder and decoder apart among the lists of blocks {', '.join(self.lists)}"
+            )
         return {"encoder" if pattern != crossing[0] else "decoder": calls for pattern, calls in self.lists.items()}
 
     def _block(self, call: Call) -> BlockRoles:
@@ -140,6 +150,7 @@ class Inference:
                 tokens=tokens,
                 lend=self._lend(),
                 reused=frozenset(role for block in blocks for role in block.reused()),
+                entry=self._entry(calls[0]) if len(self.stacks) == 1 else "",
             )
             begin = calls[-1].end
         return Anatomy(stacks, shared=self._shared() if len(stacks) == 2 else "")
@@ -153,7 +164,10 @@ class Inference:
     def _order(self, blocks: Sequence[BlockRoles]) -> Order:
         orders = {order for block in blocks for order in block.orders.values()}
         if len(orders) > 1:
-            raise SiteError(f"{self.name}: its sub-layers have their norms in different places ({', '.join(sorted(orders))}); one row cannot describe that")
+            raise SiteError(
+                f"{self.name}: its sub-layers have their norms in different places ({', '.join(sorted(orders))}); "
+                "one row cannot describe that"
+            )
         return orders.pop()
 
     def _roles(self, blocks: Sequence[BlockRoles]) -> dict[str, str]:
@@ -162,8 +176,13 @@ class Inference:
         for block in blocks:
             for role, path in block.roles.items():
                 if merged.setdefault(role, path) != path:
-                    raise SiteError(f"{self.name}: role {role!r} is at {merged[role]!r} in one block and at {path!r} in another; one row cannot describe that")
-        return {role: path if all(role in block.roles for block in blocks) else path + "?" for role, path in merged.items()}
+                    raise SiteError(
+                        f"{self.name}: role {role!r} is at {merged[role]!r} in one block and at {path!r} in another; "
+                        "one row cannot describe that"
+                    )
+        return {
+            role: path if all(role in block.roles for block in blocks) else path + "?" for role, path in merged.items()
+        }
 
     def _around(self, calls: Sequence[Call], begin: int) -> tuple[dict[str, str], bool]:
         """What stands around a stack, and whether it reads token embeddings."""
@@ -174,22 +193,37 @@ class Inference:
         for call in leading:
             word = self._embedding(call, first)
             if word is None and rows(call.x) == rows(first.x) and call.y is not None:
-                word = "embed.norm" if is_norm(call.module) else "embed.project" if isinstance(call.module, LINEAR) else None
+                word = (
+                    "embed.norm"
+                    if is_norm(call.module)
+                    else "embed.project"
+                    if isinstance(call.module, LINEAR)
+                    else None
+                )
             if word is not None:
                 found.setdefault(word, self.below(call.path))
         if sum(c.path == first.path for c in self.trace.calls) > 1:
             stem = [c for c in leading if same(c.y, first.x)]
             if not stem:
-                raise SiteError(f"{self.name}: the block {first.path!r} runs several times, and no module's output is its first input")
+                raise SiteError(
+                    f"{self.name}: the block {first.path!r} runs several times, "
+                    "and no module's output is its first input"
+                )
             found["stem"] = self.below(stem[-1].path)
         head = structure.output_embeddings(self.twin)
         runs = [c for c in self.trace.calls if c.path == last.path]
-        for call in (c for c in self.trace.calls if c.start > runs[-1].end and self.in_base(c.path) and c.module is not head):
+        for call in (
+            c for c in self.trace.calls if c.start > runs[-1].end and self.in_base(c.path) and c.module is not head
+        ):
             if is_norm(call.module) and same(call.x, runs[-1].y):
                 found.setdefault("final.norm", self.below(call.path))
             elif isinstance(call.module, LINEAR) and "pool" in call.path:
                 found.setdefault("pooler", self.below(call.path))
-            elif isinstance(call.module, LINEAR) and "proj" in call.path and parent(self.below(call.path)) == parent(self.below(parent(first.path))):
+            elif (
+                isinstance(call.module, LINEAR)
+                and "proj" in call.path
+                and parent(self.below(call.path)) == parent(self.below(parent(first.path)))
+            ):
                 found.setdefault("final.project", self.below(call.path))
         return found, "embed" in found
 
@@ -197,7 +231,12 @@ class Inference:
     def _embedding(call: Call, block: Call) -> str | None:
         """Words change with row and position, positions with the position only, types with neither."""
         assert block.x is not None
-        if call.y is None or call.y.dim() not in (2, 3) or call.y.shape[-2] != block.x.shape[-2] or any(call.module.children()):
+        if (
+            call.y is None
+            or call.y.dim() not in (2, 3)
+            or call.y.shape[-2] != block.x.shape[-2]
+            or any(call.module.children())
+        ):
             return None
         y = call.y if call.y.dim() == 3 else call.y[None]
         if y.shape[0] > 1 and not close(y[0], y[1]):
@@ -209,15 +248,30 @@ class Inference:
     def enters(self, stack: str, path: str) -> bool:
         """Whether a module's output (path below the base) is the first input of a stack's first block."""
         first = self.stacks[stack][0]
-        return any(same(call.y, first.x) for call in self.trace.calls if self.below(call.path) == path and call.end < first.start)
+        return any(
+            same(call.y, first.x)
+            for call in self.trace.calls
+            if self.below(call.path) == path and call.end < first.start
+        )
+
+    def _entry(self, block: Call) -> str:
+        """The module around the blocks that a model really calls, where it is not the base (OPT)."""
+        around = [c for c in self.trace.calls if c.start < block.start and c.end > block.end]
+        if any(call.path == self.base for call in around):
+            return ""
+        inner = [self.below(call.path) for call in around if self.in_base(call.path)]
+        return inner[0] if inner else ""
 
     def _lend(self) -> dict[str, str]:
-        """Modules in the base whose parameters are read elsewhere in the base -> the innermost module around all readers."""
+        """Modules whose parameters are read elsewhere in the base -> the innermost module around all readers."""
         found = {}
         for (owner, _), readers in self.trace.readers.items():
             if self.in_base(owner) and all(self.in_base(reader) for reader in readers):
                 words = [self.below(reader).split(".") for reader in sorted(readers)]
-                common = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))]
+                common = [
+                    column[0]
+                    for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+                ]
                 found[self.below(owner)] = ".".join(common)
         return found
 

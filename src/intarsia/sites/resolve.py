@@ -21,7 +21,15 @@ from intarsia.sites.structure import join
 from intarsia.sites.weights import add_weights
 
 #: What stands before the blocks and after them, in order.
-BEFORE = ("embed", "embed.position", "embed.type", "embed.norm", "embed.project", "embed.relative", "embed.relative.norm")
+BEFORE = (
+    "embed",
+    "embed.position",
+    "embed.type",
+    "embed.norm",
+    "embed.project",
+    "embed.relative",
+    "embed.relative.norm",
+)
 AFTER = ("final.norm", "final.project", "pooler")
 
 #: Why sites that other models have are absent, if nothing more is known.
@@ -156,6 +164,8 @@ def _add_head(draft: Draft) -> None:
         features = structure.out_width(head) or 0
         draft.role(path, Role("head", None, ""))
         draft.add(Site("head", path, "out", features))
-    elif draft.prefix and fields is not None and "logits" in fields:  # annotations of classes without a head are not reliable
+    elif (
+        draft.prefix and fields is not None and "logits" in fields
+    ):  # annotations of classes without a head are not reliable
         features = int(getattr(draft.model.config, "num_labels", 0) or 0)
     draft.add(Site("logits", "", "logits", features))

@@ -61,7 +61,9 @@ class BlockRoles:
         self.crosses = False
 
     def fail(self, what: str) -> SiteError:
-        return SiteError(f"{self.path}: cannot find {what}; give resolve(model, anatomy=...) a row for this architecture")
+        return SiteError(
+            f"{self.path}: cannot find {what}; give resolve(model, anatomy=...) a row for this architecture"
+        )
 
     def relative(self, call: Call) -> str:
         return call.path[len(self.path) + 1 :]
@@ -73,7 +75,11 @@ class BlockRoles:
 
     def reused(self) -> set[str]:
         """Roles whose module runs more than once in the block."""
-        return {role for role, path in self.roles.items() if role not in WEIGHT_ONLY and f"{self.path}.{path}" not in self.once}
+        return {
+            role
+            for role, path in self.roles.items()
+            if role not in WEIGHT_ONLY and f"{self.path}.{path}" not in self.once
+        }
 
     def find(self) -> BlockRoles:
         attentions = self.attentions()
@@ -140,7 +146,11 @@ class BlockRoles:
         return next(iter(certain or calls), None)
 
     def from_fused(self, attention: Attention, core: Core, near: Sequence[Call]) -> None:
-        sizes = {"q": core.q.shape[1] * core.q.shape[3], "k": core.k.shape[1] * core.k.shape[3], "v": core.v.shape[1] * core.v.shape[3]}
+        sizes = {
+            "q": core.q.shape[1] * core.q.shape[3],
+            "k": core.k.shape[1] * core.k.shape[3],
+            "v": core.v.shape[1] * core.v.shape[3],
+        }
         for call, words in itertools.product(near, ("qkv", "kv")):
             if call.y is None or call.y.shape[-1] != sum(sizes[word] for word in words):
                 continue
@@ -159,12 +169,14 @@ class BlockRoles:
 
     @staticmethod
     def layout(y: Tensor, words: str, heads: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Fused | None:
-        """How the parts lie in a fused output: the values must be equal, the others equal up to rotation if possible."""
+        """How the parts lie in a fused output: the values must be equal, the others up to rotation if possible."""
         groups = heads["v"].shape[1]
         likely: Fused | None = None
         for by_head, order in itertools.product((False, True), itertools.permutations(words)):
             count = groups if by_head else 1
-            starts = dict(zip(order, itertools.accumulate([0, *(sizes[word] // count for word in order)]), strict=False))
+            starts = dict(
+                zip(order, itertools.accumulate([0, *(sizes[word] // count for word in order)]), strict=False)
+            )
             parts = {word: part_of(y, count, starts[word], sizes[word] // count) for word in words}
             if not same(parts["v"], merged(heads["v"])):
                 continue
@@ -287,7 +299,11 @@ class BlockRoles:
         return [total, *(c.y for c in following if c.y is not None)]
 
     def norm_before(self, stream: Tensor, reads: Call) -> Call | None:
-        fits = [c for c in (*self.norms, *self.identities) if c.end < reads.start and same(c.x, stream) and same(c.y, reads.x)]
+        fits = [
+            c
+            for c in (*self.norms, *self.identities)
+            if c.end < reads.start and same(c.x, stream) and same(c.y, reads.x)
+        ]
         return fits[0] if fits else None
 
     # -- feed-forward ------------------------------------------------------------------------------------------------
@@ -299,7 +315,11 @@ class BlockRoles:
             return
         free = [c for c in self.linears if c.path not in self.used and c.start > since and rows(c.x) == rows(self.x)]
         for down in free:
-            if down.y is not None and down.y.shape[-1] == self.width and (joined := self.join(streams, down.end, NEVER)):
+            if (
+                down.y is not None
+                and down.y.shape[-1] == self.width
+                and (joined := self.join(streams, down.end, NEVER))
+            ):
                 self.place("ffn", joined, self.wide(down, [c for c in free if c.end < down.start]))
                 return
         raise self.fail("the feed-forward (no linear's output joins the residual stream)")
@@ -311,7 +331,11 @@ class BlockRoles:
             raise self.fail(f"where the experts {experts.path!r} join the residual stream")
         self.put("ffn.experts", experts)
         for call in self.inner:
-            if parent(call.path) == parent(experts.path) and call.end < experts.start and list(call.module.parameters()):
+            if (
+                parent(call.path) == parent(experts.path)
+                and call.end < experts.start
+                and list(call.module.parameters())
+            ):
                 self.put("ffn.router", call)
         self.place("ffn", joined, next((c for c in self.inner if c.path == parent(experts.path)), experts))
 
@@ -321,7 +345,9 @@ class BlockRoles:
         if not 1 <= len(inner) <= 2 or down.x is None:
             raise self.fail(f"the projections that lead to {down.path!r}: {len(inner)} linears come into question")
         self.put("ffn.down", down)
-        gated = [c.x for c in self.inner if c.end < down.start and not isinstance(c.module, LINEAR) and not same(c.x, c.y)]
+        gated = [
+            c.x for c in self.inner if c.end < down.start and not isinstance(c.module, LINEAR) and not same(c.x, c.y)
+        ]
         if len(inner) == 2:
             gate = next((c for c in inner if any(same(x, c.y) for x in gated)), inner[0])
             self.put("ffn.gate", gate)
@@ -346,7 +372,9 @@ class BlockRoles:
         free = [c for c in self.linears if c.path not in self.used and rows(c.x) == rows(self.x)]
         attended = self.plus(self.x, output)
         for down in free:
-            for call in self.candidates(down.end, NEVER) if down.y is not None and down.y.shape[-1] == self.width else ():
+            for call in (
+                self.candidates(down.end, NEVER) if down.y is not None and down.y.shape[-1] == self.width else ()
+            ):
                 if not same(self.plus(attended, call), self.y):
                     continue
                 attention = next(c for c in self.candidates(output.end, NEVER) if same(c.y, output.y))

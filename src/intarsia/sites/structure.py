@@ -1,4 +1,4 @@
-"""Questions about a live model that need no forward pass: where its base is, how wide a module is, who owns a parameter.
+"""Questions about a live model that need no forward pass: where its base is, how wide a module, whose a parameter.
 
 Nothing here changes the model, and everything works on the meta device.
 """

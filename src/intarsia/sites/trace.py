@@ -61,7 +61,7 @@ class Trace:
     """What happened, in the order in which calls began.
 
     Attributes:
-        readers: for each parameter that was read outside its own module: (owner's path, paths of the modules that ran then).
+        readers: paths of the modules that read a parameter of another one, by that one's path and the parameter's name.
     """
 
     calls: list[Call] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """A small stand-in for a model, on which arithmetic can be tried without touching the user's weights.
 
 It has the same class and widths but two blocks per stack (more, where only more show every kind of block), random
-weights with noise on every parameter (zero biases and unit norms make different places look alike), float32, on the CPU.
+weights with noise on every parameter (zero biases and unit norms make different places look alike), float32, on CPU.
 Paths do not depend on depth or weights.  A model that was changed after it was built, or whose class cannot be built
 from its configuration, is copied instead.
 """
@@ -83,8 +83,9 @@ def _numberless(path: str) -> str:
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
     if any(tensor.is_meta or not tensor.is_floating_point() for tensor in model.parameters()):
         raise SiteError(
-            f"{type(model).__name__}: its configuration alone does not give a model with the same modules, and its weights are quantised or on the meta "
-            "device, so its structure cannot be inferred; give resolve(model, anatomy=...) a row"
+            f"{type(model).__name__}: its configuration alone does not give a model with the same modules, and its "
+            "weights are quantised or on the meta device, so its structure cannot be inferred; "
+            "give resolve(model, anatomy=...) a row"
         )
     made = copy.deepcopy(model).cpu()
     made.set_attn_implementation("eager")
@@ -109,7 +110,9 @@ def example(model: PreTrainedModel) -> dict[str, Tensor]:
         features = config.input_feat_per_channel * config.input_channels
         batch[name] = torch.randn(BATCH, 8 * LENGTH, features, generator=rows)
     else:
-        raise SiteError(f"{type(model).__name__} reads {name!r}, for which no example can be made up; give infer or verify a batch")
+        raise SiteError(
+            f"{type(model).__name__} reads {name!r}, for which no example can be made up; give infer or verify a batch"
+        )
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = _ids(model, TARGET_LENGTH, rows)
     return batch
@@ -118,7 +121,9 @@ def example(model: PreTrainedModel) -> dict[str, Tensor]:
 def _ids(model: PreTrainedModel, length: int, rows: torch.Generator) -> Tensor:
     """Ids of pieces that are not special, `[BATCH, length]`, no two alike where the vocabulary allows it."""
     count = int(getattr(model.get_input_embeddings(), "num_embeddings", 0) or model.config.vocab_size)
-    special = {value for name, value in vars(model.config).items() if name.endswith("_token_id") and isinstance(value, int)}
+    special = {
+        value for name, value in vars(model.config).items() if name.endswith("_token_id") and isinstance(value, int)
+    }
     ordinary = torch.tensor([index for index in range(min(count, 1024)) if index not in special])
     if len(ordinary) >= BATCH * length:
         return ordinary[torch.randperm(len(ordinary), generator=rows)[: BATCH * length]].view(BATCH, length)

@@ -26,7 +26,8 @@ class Disagreement:
 
     Attributes:
         stack: `""`, `encoder` or `decoder`.
-        word: the role, or `order`, `parallel`, `blocks`, `fused`, `lend`, `shared`, `executions`.
+        word: the role, or `order`, `parallel`, `blocks`, `entry`, `fused`, `lend`, `shared`,
+            `executions`.
         row, inferred: what each says, None for nothing.
     """
 
@@ -52,7 +53,8 @@ def verify(
     anatomy = anatomy or row(model.config)
     if anatomy is None:
         raise SiteError(
-            f"no row is known for model_type {getattr(model.config, 'model_type', '')!r}; give verify one, or use infer(model)"
+            f"no row is known for model_type {getattr(model.config, 'model_type', '')!r}; "
+            "give verify one, or use infer(model)"
         )
     return compare(anatomy, Inference(model, batch))
 
@@ -66,7 +68,9 @@ def compare(expected: Anatomy, inference: Inference) -> list[Disagreement]:
         if left != right:
             differences.append(Disagreement(stack, word, left, right))
 
-    present = [name for name, stack in expected.stacks.items() if not name or _has(inference, stack.blocks.split(".")[0])]
+    present = [
+        name for name, stack in expected.stacks.items() if not name or _has(inference, stack.blocks.split(".")[0])
+    ]
     pairs = {name: name for name in present if name in found.stacks}
     if len(present) == len(found.stacks) == 1:  # one of two stacks: inference has no name for it
         pairs = {present[0]: next(iter(found.stacks))}
@@ -78,6 +82,9 @@ def compare(expected: Anatomy, inference: Inference) -> list[Disagreement]:
         for word in ("blocks", "order", "parallel", "tokens"):
             note(name, word, getattr(left, word), getattr(right, word))
         note(name, "lend", {k: v for k, v in left.lend.items() if _has(inference, k)}, dict(right.lend))
+        executed = {call.path for call in inference.trace.calls}
+        entry = left.entry or (left.blocks.split(".")[0] if name else "")
+        note(name, "entry", entry, entry if join(inference.base, entry) in executed else right.entry)
         blocks = inference.blocks[other]
         roles = _present(left.roles, inference, [block.path for block in blocks])
         around = _present(left.around, inference, [inference.base])
@@ -107,7 +114,7 @@ def _has(inference: Inference, path: str, root: str | None = None) -> bool:
 
 
 def _executions(name: str, stack: Stack, inference: Inference, block: BlockRoles) -> list[Disagreement]:
-    """Roles whose module does not run exactly once in a block, although the row makes its output a site (or the reverse)."""
+    """Roles whose module does not run once in a block, although the row makes its output a site (or the reverse)."""
     times = Counter(call.path for call in block.inner)
     found = []
     for role, path in stack.roles.items():

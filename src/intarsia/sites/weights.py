@@ -70,7 +70,7 @@ def _weight(draft: Draft, owned: structure.Owned, rank: dict[str, int], idle: st
 
 
 def _without_role(draft: Draft, path: str) -> Role:
-    """`head.<path>` outside the base, `other.<path below the base>` inside; layer and stack from the block around it."""
+    """`head.<path>` outside the base, `other.<path below the base>` inside; layer and stack of the block around."""
     if draft.prefix and path != draft.prefix and not path.startswith(draft.prefix + "."):
         return Role(join("head", path), None, "")
     name = join("other", path[len(draft.prefix) + 1 :] if draft.prefix else path)
