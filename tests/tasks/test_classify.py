@@ -82,6 +82,14 @@ def test_label_smoothing_is_that_of_the_trainer() -> None:
     assert sum(p.scores["loss"] for p in task.predict(outputs, batch)) == pytest.approx(plain, rel=1e-6)
 
 
+def test_label_smoothing_of_several_labels_moves_every_target_towards_one_half() -> None:
+    task = build("classify", toys.wordpiece(), labels=["x", "y"], settings={"problem": "multi", "label_smoothing": 0.2})
+    batch = batch_of(task, [{"text": "a", "label": "x"}])
+    logits = torch.tensor([[1.5, -0.5]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.tensor([[0.9, 0.1]]), reduction="sum")
+    torch.testing.assert_close(task.loss({"logits": logits}, batch)[0], expected)
+
+
 def test_losses_are_fp32_under_bf16() -> None:
     table = Table.of({"text": TEXTS, "label": LABELS})
     task = build("classify", toys.wordpiece(), table=table)
@@ -133,7 +141,9 @@ def test_an_unseen_label_is_refused_with_the_difference() -> None:
     train = Table.of({"text": ["a", "b"], "label": ["sports", "travel"]})
     dev = Table.of({"text": ["a", "b"], "label": ["sports", "Travel"]})
     task = build("classify", toys.wordpiece(), table=train)
-    with pytest.raises(DataError, match=r"row 2: .*'Travel' \(1x\); did you mean 'travel'.*not here: 'travel'"):
+    with pytest.raises(
+        DataError, match=r"<memory> row 2: .*'Travel' \(1x\); did you mean 'travel'.*not here: 'travel'"
+    ):
         task.features(dev)
     assert len(task.features(dev, labelled=False)) == 2
 
@@ -149,7 +159,9 @@ def test_labels_that_look_like_numbers_stay_names() -> None:
 def test_the_order_of_labels_does_not_depend_on_the_rows() -> None:
     one = Table.of({"text": ["a", "b"], "label": ["y", "x"]})
     two = Table.of({"text": ["b", "a"], "label": ["x", "y"]})
-    assert build("classify", toys.wordpiece(), table=one).labels == build("classify", toys.wordpiece(), table=two).labels
+    assert (
+        build("classify", toys.wordpiece(), table=one).labels == build("classify", toys.wordpiece(), table=two).labels
+    )
 
 
 def test_training_without_labels_is_refused() -> None:
@@ -190,4 +202,9 @@ def test_padding_on_either_side() -> None:
     assert right["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert left["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     assert left["input_ids"].tolist()[1] == [0, 1, 5, 2]
-    assert batch_of(build("classify", toys.bytelevel(), labels=["a", "b"]), [{"text": "ab the"}, {"text": ""}])["attention_mask"][1].sum() == 1
+    assert (
+        batch_of(build("classify", toys.bytelevel(), labels=["a", "b"]), [{"text": "ab the"}, {"text": ""}])[
+            "attention_mask"
+        ][1].sum()
+        == 1
+    )

@@ -127,11 +127,31 @@ def test_generation_is_that_of_each_prompt_alone() -> None:
     predictions = evaluated(task, model, table)
     for row, prediction in zip(table, predictions):
         ids = torch.tensor([[0, *BYTES(row["q"])["input_ids"]]])
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
         text = BYTES.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
         assert prediction.value == text.removeprefix(" ")
         assert prediction.scores["terms"] > 0
     assert set(task.score(predictions, table)) == {"chrf", "bleu", "perplexity", "bits_per_character"}
+
+
+def test_the_separator_is_no_part_of_a_generated_completion() -> None:
+    class Writer:
+        def generate(self, input_ids: torch.Tensor, **more: Any) -> torch.Tensor:
+            return torch.cat([input_ids, torch.tensor([BYTES(" ab the")["input_ids"]])], 1)
+
+    task = make(prompt="q", completion="a", generate=True)
+    assert task.generate(Writer(), task.collate(task.features([{"q": "the"}]))) == ["ab the"]
+
+
+def test_losses_are_fp32_under_bf16() -> None:
+    task = make()
+    batch = task.collate(task.features([{"text": "the ab"}]))
+    logits = torch.randn(*batch["input_ids"].shape, len(BYTES), generator=torch.Generator().manual_seed(0)).bfloat16()
+    loss = task.loss({"logits": logits}, batch)[0]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, task.loss({"logits": logits.float()}, batch)[0], rtol=0, atol=0)
 
 
 def test_tokenizers_that_add_a_start_token_give_it_once() -> None:

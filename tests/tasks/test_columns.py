@@ -43,7 +43,13 @@ def test_columns_are_inferred(names: tuple[str, ...], task: str, found: dict[str
 
 @pytest.mark.parametrize(
     ("names", "task"),
-    [(("tokens", "ner_tags"), "tag"), (("src", "tgt"), "seq2seq"), (("tweet", "sentiment"), "classify"), (("text",), "mlm"), (("prompt", "completion"), "clm")],
+    [
+        (("tokens", "ner_tags"), "tag"),
+        (("src", "tgt"), "seq2seq"),
+        (("tweet", "sentiment"), "classify"),
+        (("text",), "mlm"),
+        (("prompt", "completion"), "clm"),
+    ],
 )
 def test_the_task_is_inferred(names: tuple[str, ...], task: str) -> None:
     assert infer_task(Table.of({name: ["x"] for name in names})) == task
@@ -90,7 +96,11 @@ def test_wrong_cells_name_their_place() -> None:
 
 def test_label_inventories() -> None:
     table = Table.of({"label": ["1", "0", "10", "0"]})
-    assert columns.inventory(table, table["label"], "label").names == ("0", "1", "10")  # strings, in the order of numbers
+    assert columns.inventory(table, table["label"], "label").names == (
+        "0",
+        "1",
+        "10",
+    )  # strings, in the order of numbers
     with pytest.raises(DataError, match="nothing to learn"):
         columns.inventory(table, ["a", "a"], "label")
     with pytest.raises(DataError, match=r"row 2.*empty label"):

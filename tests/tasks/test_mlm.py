@@ -30,7 +30,9 @@ def feature(task: Any, text: str = LONG, row: int = 0) -> dict[str, Any]:
     return {**task.features([{"text": text}])[0], "row": row}
 
 
-@pytest.mark.parametrize("family", ["bert", "xlm-roberta", "distilbert", "modernbert", "electra", "albert", "deberta-v2"])
+@pytest.mark.parametrize(
+    "family", ["bert", "xlm-roberta", "distilbert", "modernbert", "electra", "albert", "deberta-v2"]
+)
 def test_the_loss_is_that_of_transformers(family: str) -> None:
     model, _ = zoo.make(family)
     tokenizer = toys.unigram(48)

@@ -33,7 +33,9 @@ def lively(host: Host, name: str) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.5)
     seen: list[torch.Tensor] = []
     for head in [d.form for _, deltas in host.deltas(name) for d in deltas if isinstance(d.form, HeadForm)]:
-        hook = head.register_forward_pre_hook(lambda form, args: seen.append(form.features(args[1].input, args[1].mask)))
+        hook = head.register_forward_pre_hook(
+            lambda form, args: seen.append(form.features(args[1].input, args[1].mask))
+        )
         with torch.no_grad(), host.using(name) as model:
             model(**TOKENIZER(TEXTS, padding=True, return_tensors="pt"))
             hook.remove()
@@ -85,7 +87,8 @@ def test_evaluation_has_metrics_loss_counts_and_time() -> None:
     right = sum(p.value == row["label"] for p, row in zip(result.predictions, table()))
     assert result.metrics["accuracy"].value == pytest.approx(right / len(TEXTS))
     assert result.loss == pytest.approx(
-        -sum(torch.tensor(p.probabilities[row["label"]]).log().item() for p, row in zip(result.predictions, table())) / len(TEXTS),
+        -sum(torch.tensor(p.probabilities[row["label"]]).log().item() for p, row in zip(result.predictions, table()))
+        / len(TEXTS),
         rel=1e-4,
     )
     assert result.counts["rows"] == 8 and result.counts["truncated"] == 4 and result.counts["empty"] == 1
@@ -223,7 +226,9 @@ def test_language_models_on_a_host() -> None:
     first, second = evaluate(host, "swh", mlm, texts), evaluate(host, "swh", mlm, texts, batch_size=2)
     assert first.metrics["perplexity"].value == pytest.approx(second.metrics["perplexity"].value, rel=1e-4)
     mlm.epoch = 4
-    assert evaluate(host, "swh", mlm, texts).metrics["perplexity"].value == pytest.approx(first.metrics["perplexity"].value, rel=1e-4)
+    assert evaluate(host, "swh", mlm, texts).metrics["perplexity"].value == pytest.approx(
+        first.metrics["perplexity"].value, rel=1e-4
+    )
     assert mlm.epoch == 4
     own = zoo.make("bert")[0]
     base = build("mlm", TOKENIZER, model=own)
@@ -242,12 +247,19 @@ def test_language_models_on_a_host() -> None:
 def test_translation_on_a_host() -> None:
     tokenizer = toys.nllb()
     model = zoo.make("m2m_100", vocab_size=len(tokenizer))[0]
-    task = build("seq2seq", tokenizer, model=model, settings={"max_new_tokens": 5, "source_language": "eng_Latn", "target_language_column": "to"})
+    task = build(
+        "seq2seq",
+        tokenizer,
+        model=model,
+        settings={"max_new_tokens": 5, "source_language": "eng_Latn", "target_language_column": "to"},
+    )
     host = Host(model)
     for name in ("a", "b"):
         host.add(name, METHODS["lora"].build())
         lively(host, name)
-    rows = Table.of({"source": ["ab", "cd e", "f"], "target": ["ba", "x", "y"], "to": ["swh_Latn", "yor_Latn", "swh_Latn"]})
+    rows = Table.of(
+        {"source": ["ab", "cd e", "f"], "target": ["ba", "x", "y"], "to": ["swh_Latn", "yor_Latn", "swh_Latn"]}
+    )
     found = evaluate(host, None, task, rows, per_row=["a", "b", "a >> b"])
     for row, expression in enumerate(["a", "b", "a >> b"]):
         alone = evaluate(host, expression, task, rows.select([row]))
@@ -260,7 +272,9 @@ def test_regression_on_a_host() -> None:
     host = hosted(score=task)
     rows = Table.of({"text": TEXTS, "value": [str(i / 2) for i in range(8)]})
     result = evaluate(host, "score", task, rows)
-    assert result.loss == pytest.approx(sum((p.value - i / 2) ** 2 for i, p in enumerate(result.predictions)) / 8, rel=1e-4)
+    assert result.loss == pytest.approx(
+        sum((p.value - i / 2) ** 2 for i, p in enumerate(result.predictions)) / 8, rel=1e-4
+    )
     junk = [{"text": "a", "value": "n/a"}]
     assert isinstance(predict(host, "score", task, junk)[0].value, float)
     with pytest.raises(DataError, match="finite number"):

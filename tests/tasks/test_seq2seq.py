@@ -25,7 +25,9 @@ LANGUAGES = {"source_language_column": "from", "target_language_column": "to"}
 
 def lively(family: str, tokenizer: Any) -> Any:
     """A model whose answers are pieces of the tokenizer and differ from text to text."""
-    model = warm_started(len(tokenizer)) if family == "encoder-decoder" else zoo.make(family, vocab_size=len(tokenizer))[0]
+    model = (
+        warm_started(len(tokenizer)) if family == "encoder-decoder" else zoo.make(family, vocab_size=len(tokenizer))[0]
+    )
     zoo.perturb_(model, 5, 0.5)
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias[..., :5] = -1e4  # no special tokens
@@ -36,7 +38,9 @@ def warm_started(vocab: int = zoo.VOCAB) -> Any:
     """Two BERTs as encoder and decoder, as one builds them from a pretrained encoder."""
     torch.manual_seed(0)
     decoder = zoo.config("bert", is_decoder=True, add_cross_attention=True, vocab_size=vocab)
-    model = hf.EncoderDecoderModel(encoder=hf.BertModel(zoo.config("bert", vocab_size=vocab)), decoder=hf.BertLMHeadModel(decoder)).eval()
+    model = hf.EncoderDecoderModel(
+        encoder=hf.BertModel(zoo.config("bert", vocab_size=vocab)), decoder=hf.BertLMHeadModel(decoder)
+    ).eval()
     zoo.perturb_(model)
     model.config.decoder_start_token_id, model.config.pad_token_id, model.config.eos_token_id = 1, 0, 2
     model.generation_config.update(decoder_start_token_id=1, pad_token_id=0, eos_token_id=2)
@@ -89,7 +93,9 @@ def test_generation_starts_where_training_starts(family: str, beams: int) -> Non
     labels = torch.tensor([[*task.frame("").before, *written[0, len(start) :].tolist(), 2]])
     with torch.no_grad():
         logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=own_shift(model)(labels)
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=own_shift(model)(labels),
         ).logits[0]
     if family != "mbart":  # its shift needs the language at the end; see the legacy test
         best = logits[len(start) - 1 : written.shape[1] - 1].argmax(-1)

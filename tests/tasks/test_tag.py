@@ -61,10 +61,14 @@ def test_the_label_is_on_the_first_piece() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=4), st.sampled_from(sorted(MAKE)), st.integers(6, 12), st.data())
-def test_every_word_is_learnt_and_answered_once(sentences: list[list[str]], tokenizer: str, length: int, data: st.DataObject) -> None:
+def test_every_word_is_learnt_and_answered_once(
+    sentences: list[list[str]], tokenizer: str, length: int, data: st.DataObject
+) -> None:
     """For any words (unknown, combining, blank, empty sentences) and any window the tags come back as they went in."""
     overlap = data.draw(st.none() | st.integers(0, 3))
-    task = make(tokenizer, max_length=length, overlap=overlap, normalise=data.draw(st.sampled_from(["NFC", "NFKC", "none"])))
+    task = make(
+        tokenizer, max_length=length, overlap=overlap, normalise=data.draw(st.sampled_from(["NFC", "NFKC", "none"]))
+    )
     truth = [[(7 * row + word) % 3 for word in range(len(words))] for row, words in enumerate(sentences)]
     table = Table.of({"tokens": sentences, "tags": [[TAGS[i] for i in tags] for tags in truth]})
     features = task.features(table)
@@ -116,7 +120,13 @@ def test_left_padding_moves_words_and_labels_along() -> None:
     table = Table.of({"tokens": [("ab", "c"), ("d",)], "tags": [("O", "B-PER"), ("I-PER",)]})
     task = make(padding="left")
     batch = task.collate(task.features(table))
-    assert batch["word"][1].tolist() == [-1, -1, -1, 0, -1] and batch["labels"][1].tolist() == [-100, -100, -100, 2, -100]
+    assert batch["word"][1].tolist() == [-1, -1, -1, 0, -1] and batch["labels"][1].tolist() == [
+        -100,
+        -100,
+        -100,
+        2,
+        -100,
+    ]
     assert batch["attention_mask"][1].tolist() == [0, 0, 1, 1, 1]
 
 
@@ -160,3 +170,32 @@ def test_a_row_without_a_prediction_is_an_error() -> None:
     table = Table.of({"tokens": [("a",), ("b",)]})
     with pytest.raises(DataError, match="1 of 2 rows got no prediction, the first at <memory> row 2"):
         task.finish(answer(task, task.features(table)[:1], lambda row, word: 0), table)
+
+
+def test_each_word_is_answered_where_it_has_most_context() -> None:
+    """With half a window of overlap, at least a quarter of a window on either side (or the end of the sentence)."""
+    task = make(max_length=22)  # 20 pieces between the special tokens
+    words = tuple("abc"[: 1 + i % 3] for i in range(60))
+    features = task.features([{"tokens": words}])
+    assert all(len(f["input_ids"]) == 22 for f in features)  # the last one is moved back to full width
+    first, last = features[0], features[-1]
+    for feature in features:
+        for position, word in enumerate(feature["word"]):
+            if word >= 0:
+                assert feature is first or position - 1 >= 4
+                assert feature is last or 20 - position >= 4
+
+
+def test_statistics_of_windows_add_up_to_the_loss() -> None:
+    table = Table.of({"tokens": [("abcd",) * 20, ("a", "b")], "tags": [("O", "B-PER") * 10, ("O", "I-PER")]})
+    task = make(max_length=16)
+    features = task.features(table)
+    batch = task.collate(features)
+    logits = torch.randn(*batch["input_ids"].shape, 3, generator=torch.Generator().manual_seed(0))
+    predictions = task.finish(task.predict({"logits": logits}, batch), table)
+    loss, count = task.loss({"logits": logits}, batch)
+    assert [p.scores["terms"] for p in predictions] == [20, 2] and int(count) == 22
+    assert sum(p.scores["loss"] for p in predictions) == pytest.approx(loss.item(), rel=1e-6)
+    half = task.loss({"logits": logits.bfloat16()}, batch)[0]
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, task.loss({"logits": logits.bfloat16().float()}, batch)[0], rtol=0, atol=0)

@@ -52,7 +52,9 @@ def bytelevel(max_length: int = 64, **more: Any) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocab, [("a", "b"), ("Ġ", "a"), ("Ġ", "ab"), ("t", "h"), ("h", "e")]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", bos_token="<|end|>", model_max_length=max_length, **more)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", bos_token="<|end|>", model_max_length=max_length, **more
+    )
 
 
 def nllb(legacy: bool = False, **more: Any) -> NllbTokenizer:

@@ -50,7 +50,11 @@ class Classify(SequenceTask[ClassifyOptions]):
         self.answers = (options.label,)
         self.multi = options.problem == "multi"
         self.head = Head(
-            tuple(labels), pooling=options.pooling, problem=options.problem, dropout=options.dropout, standardise=options.standardise
+            tuple(labels),
+            pooling=options.pooling,
+            problem=options.problem,
+            dropout=options.dropout,
+            standardise=options.standardise,
         )
         single, multi = ("accuracy", "macro_f1", "mcc"), ("micro_f1", "macro_f1", "accuracy")
         self.choose_metric(options.metric, multi if self.multi else single)
@@ -120,5 +124,13 @@ def _make(tokenizer: Any, options: Any, labels: Sequence[str] | None) -> Classif
 
 TASKS.add(
     "classify",
-    Kind("classify", "a label for each text or pair of texts", ClassifyOptions, ("text", "pair", "label"), ("text",), _make, _labels),
+    Kind(
+        "classify",
+        "a label for each text or pair of texts",
+        ClassifyOptions,
+        ("text", "pair", "label"),
+        ("text",),
+        _make,
+        _labels,
+    ),
 )

@@ -65,7 +65,9 @@ class Causal(BaseTask[CausalOptions]):
     def __init__(self, tokenizer: Any, options: CausalOptions, labels: Sequence[str] | None = None) -> None:
         super().__init__(tokenizer, options, None)
         if (options.prompt is None) != (options.completion is None):
-            raise UsageError("prompt and completion are columns that come together; set both, or neither for plain text")
+            raise UsageError(
+                "prompt and completion are columns that come together; set both, or neither for plain text"
+            )
         self.prompted = options.prompt is not None
         if self.prompted and options.pack:
             raise UsageError("pack=True is for plain text; completions must not see the prompts of other rows")
@@ -124,7 +126,9 @@ class Causal(BaseTask[CausalOptions]):
         prompts = pieces(self.tokenizer, columns.texts(table, o.prompt, o.normalise))
         answers: list[list[int]] | None = None
         if labelled and columns.has(table, o.completion):
-            answers = pieces(self.tokenizer, [o.separator + text for text in columns.texts(table, o.completion, o.normalise)])
+            answers = pieces(
+                self.tokenizer, [o.separator + text for text in columns.texts(table, o.completion, o.normalise)]
+            )
         found: list[Features] = []
         cut_prompts = cut_completions = 0
         for row, prompt in enumerate(prompts):
@@ -136,10 +140,16 @@ class Causal(BaseTask[CausalOptions]):
             kept = prompt[max(0, len(prompt) - (room - len(answer))) :]
             cut_prompts += len(kept) < len(prompt)
             head = [*self.before, *kept] or [special(self.tokenizer, "eos", "unk", "pad") or 0]
-            feature: dict[str, Any] = {"row": row, "input_ids": [*head, *answer], "attention_mask": [1] * (len(head) + len(answer))}
+            feature: dict[str, Any] = {
+                "row": row,
+                "input_ids": [*head, *answer],
+                "attention_mask": [1] * (len(head) + len(answer)),
+            }
             if answers is not None:
                 feature["labels"] = [*[IGNORE] * len(head), *answer]
-            found.append({**feature, "prompt": [*self.before, *prompt][-self.max_length :] or head} if o.generate else feature)
+            found.append(
+                {**feature, "prompt": [*self.before, *prompt][-self.max_length :] or head} if o.generate else feature
+            )
         self._counts = counted(found, truncated_prompts=cut_prompts, truncated_completions=cut_completions)
         return found
 
@@ -184,7 +194,10 @@ class Causal(BaseTask[CausalOptions]):
             return [Prediction(row, None if texts is None else texts[i]) for i, row in enumerate(batch["row"])]
         if "owner" not in batch:
             found = self.row_scores(outputs, batch)
-            return [Prediction(r, -s["loss"] if texts is None else texts[i], None, s) for i, (r, s) in enumerate(zip(batch["row"], found))]
+            return [
+                Prediction(r, -s["loss"] if texts is None else texts[i], None, s)
+                for i, (r, s) in enumerate(zip(batch["row"], found))
+            ]
         return self._by_owner(outputs, batch)
 
     def _by_owner(self, outputs: Any, batch: Batch) -> list[Prediction]:
@@ -193,9 +206,15 @@ class Causal(BaseTask[CausalOptions]):
         owner = batch["owner"]
         rows = owner[owner >= 0].unique()
         index = torch.searchsorted(rows, owner[:, 1:][self.labels_of(batch)[:, 1:] != IGNORE])
-        sums = torch.zeros(len(rows), dtype=torch.float64, device=losses.device).index_add_(0, index, losses.double()).tolist()
+        sums = (
+            torch.zeros(len(rows), dtype=torch.float64, device=losses.device)
+            .index_add_(0, index, losses.double())
+            .tolist()
+        )
         counts = torch.bincount(index, minlength=len(rows)).tolist()
-        return [Prediction(int(r), -s, None, {"loss": s, "terms": float(n)}) for r, s, n in zip(rows.tolist(), sums, counts)]
+        return [
+            Prediction(int(r), -s, None, {"loss": s, "terms": float(n)}) for r, s, n in zip(rows.tolist(), sums, counts)
+        ]
 
     def combine(self, row: int, parts: Sequence[Prediction], table: Rows) -> Prediction:
         scores = summed(parts)

@@ -107,7 +107,9 @@ def numbers(table: Rows, name: str) -> tuple[float, ...]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise DataError(f"{where(table)(row)}: column {name!r} holds {cell!r}; a finite number such as 3.5 was expected")
+            raise DataError(
+                f"{where(table)(row)}: column {name!r} holds {cell!r}; a finite number such as 3.5 was expected"
+            )
         found.append(value)
     return tuple(found)
 

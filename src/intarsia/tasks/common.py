@@ -154,7 +154,9 @@ class BaseTask(Generic[O]):
             DataError: the table had no column with the answers.
         """
         if "labels" not in batch:
-            raise DataError(f"task {self.name}: no labels to learn from; the table needs {listing(map(repr, self.answers))}")
+            raise DataError(
+                f"task {self.name}: no labels to learn from; the table needs {listing(map(repr, self.answers))}"
+            )
         labels: Tensor = batch["labels"]
         return labels
 
@@ -244,7 +246,9 @@ def logits_of(outputs: Any) -> Any:
 def one_tensor(logits: Any) -> Tensor:
     """Logits of a batch as one tensor; a loss over heads with different labels does not exist."""
     if not isinstance(logits, Tensor):
-        raise CompositionError("the rows of this batch answer with different label sets; a loss needs one set for all rows")
+        raise CompositionError(
+            "the rows of this batch answer with different label sets; a loss needs one set for all rows"
+        )
     return logits
 
 

@@ -69,7 +69,9 @@ class Masked(BaseTask[MaskedOptions]):
                 f"rate={options.rate} must lie in (0, 1], and hidden={options.hidden} and random={options.random} must be shares of it"
             )
         if tokenizer.mask_token_id is None:
-            raise UsageError(f"the tokenizer {type(tokenizer).__name__} has no mask token; use task clm with a causal model")
+            raise UsageError(
+                f"the tokenizer {type(tokenizer).__name__} has no mask token; use task clm with a causal model"
+            )
         if options.whole_words and not getattr(tokenizer, "is_fast", False):
             raise UsageError("whole_words=True needs a fast tokenizer, which knows the word of each piece")
         self.mask = int(tokenizer.mask_token_id)
@@ -153,7 +155,8 @@ class Masked(BaseTask[MaskedOptions]):
         correct = np.bincount(chosen.nonzero()[:, 0].cpu().numpy(), hits.cpu().numpy(), minlength=len(labels))
         scores = self.row_scores(outputs, batch)
         return [
-            Prediction(row, -s["loss"], None, {**s, "correct": float(c)}) for row, s, c in zip(batch["row"], scores, correct)
+            Prediction(row, -s["loss"], None, {**s, "correct": float(c)})
+            for row, s, c in zip(batch["row"], scores, correct)
         ]
 
     def combine(self, row: int, parts: Sequence[Prediction], table: Rows) -> Prediction:
@@ -203,9 +206,15 @@ def _suit(model: Any) -> dict[str, Any]:
 def masked_accuracy(correct: Sequence[float], terms: Sequence[float]) -> Score:
     """Share of the hidden pieces that were guessed, with the same bootstrap as `intarsia.tasks.metrics.score`."""
     resamples, level, seed = 1000, 0.95, 0
-    sample = additive(np.stack([np.array(correct), np.array(terms)], axis=1), lambda s: s[:, 0] / np.maximum(s[:, 1], 1))
+    sample = additive(
+        np.stack([np.array(correct), np.array(terms)], axis=1), lambda s: s[:, 0] / np.maximum(s[:, 1], 1)
+    )
     around = interval(bootstrap(sample, resamples=resamples, seed=seed), level)
-    return Score("masked_accuracy", sample.score(), around.low, around.high, len(terms), resamples, level, seed, "", True)
+    return Score(
+        "masked_accuracy", sample.score(), around.low, around.high, len(terms), resamples, level, seed, "", True
+    )
 
 
-TASKS.add("mlm", Kind("mlm", "predict hidden pieces of a text", MaskedOptions, ("text",), ("text",), Masked, suit=_suit))
+TASKS.add(
+    "mlm", Kind("mlm", "predict hidden pieces of a text", MaskedOptions, ("text",), ("text",), Masked, suit=_suit)
+)

@@ -120,7 +120,9 @@ def from_module(module: Any, tokenizer: Any, *, model: Any = None) -> BaseTask[A
 def base_settings(name: str, base: Any) -> dict[str, Any]:
     """Settings that follow from how a base was pretrained (`intarsia.bases.Base`): its text prefix and pooling."""
     known = TASKS[name].defaults
-    pooling = {"cls": "first", "mean": "mean", "last": "last", "first": "first"}.get(getattr(base, "pooling", None) or "")
+    pooling = {"cls": "first", "mean": "mean", "last": "last", "first": "first"}.get(
+        getattr(base, "pooling", None) or ""
+    )
     found = {"prefix": getattr(base, "text_prefix", ""), "pooling": pooling}
     return {key: value for key, value in found.items() if key in known and value}
 
@@ -176,13 +178,17 @@ _SUGGEST = {
 def _checked(kind: Kind, given: Mapping[str, str]) -> Mapping[str, str]:
     for role in given:
         if role not in kind.roles:
-            raise UsageError(f"task {kind.name!r} has no column {role!r}{nearest(role, kind.roles)} known: {listing(kind.roles)}")
+            raise UsageError(
+                f"task {kind.name!r} has no column {role!r}{nearest(role, kind.roles)} known: {listing(kind.roles)}"
+            )
     return given
 
 
 def _options(kind: Kind, given: Mapping[str, Any]) -> Options:
     for key in given:
         if key not in kind.defaults:
-            raise UsageError(f"task {kind.name!r} has no setting {key!r}{nearest(key, kind.defaults)} known: {listing(kind.defaults, 40)}")
+            raise UsageError(
+                f"task {kind.name!r} has no setting {key!r}{nearest(key, kind.defaults)} known: {listing(kind.defaults, 40)}"
+            )
     options: Options = decode({"type": name_of(kind.options), **given}, kind.options, f"task {kind.name}")
     return options

@@ -40,7 +40,11 @@ class Regress(SequenceTask[RegressOptions]):
         super().__init__(tokenizer, options, None)
         self.answers = (options.value,)
         self.head = Head(
-            ("value",), pooling=options.pooling, problem="regression", dropout=options.dropout, standardise=options.standardise
+            ("value",),
+            pooling=options.pooling,
+            problem="regression",
+            dropout=options.dropout,
+            standardise=options.standardise,
         )
         self.choose_metric(options.metric, ("pearson", "spearman"))
 
@@ -72,5 +76,12 @@ class Regress(SequenceTask[RegressOptions]):
 
 TASKS.add(
     "regress",
-    Kind("regress", "a number for each text or pair of texts", RegressOptions, ("text", "pair", "value"), ("text",), Regress),
+    Kind(
+        "regress",
+        "a number for each text or pair of texts",
+        RegressOptions,
+        ("text", "pair", "value"),
+        ("text",),
+        Regress,
+    ),
 )

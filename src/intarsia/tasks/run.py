@@ -103,7 +103,9 @@ def predict(
         CompositionError: an expression is not legal, or nothing in it answers this task.
         DataError: no rows, or a column is missing.
     """
-    return _run(host, expression, task, table, batch_size, per_row, head, context, progress, labelled=task.reads_answers)
+    return _run(
+        host, expression, task, table, batch_size, per_row, head, context, progress, labelled=task.reads_answers
+    )
 
 
 def _run(
@@ -145,7 +147,9 @@ def _run(
     return task.finish(found, table)
 
 
-def batches(task: BaseTask[Any], features: Sequence[Features], size: int, names: Sequence[LabelMap | None]) -> Iterator[Batch]:
+def batches(
+    task: BaseTask[Any], features: Sequence[Features], size: int, names: Sequence[LabelMap | None]
+) -> Iterator[Batch]:
     """Padded batches of features of like length, the longest first (memory runs out at once or never)."""
     order = sorted(range(len(features)), key=lambda i: (-len(features[i]["input_ids"]), i))
     for start in range(0, len(order), size):
@@ -186,7 +190,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _answering(
-    host: Host, expression: Expression | None, task: BaseTask[Any], table: Rows, per_row: Sequence[Expression | None] | None, head: str | None
+    host: Host,
+    expression: Expression | None,
+    task: BaseTask[Any],
+    table: Rows,
+    per_row: Sequence[Expression | None] | None,
+    head: str | None,
 ) -> list[LabelMap | None]:
     """Per row the label names of the module that answers it, where they are not the task's; all expressions are checked."""
     if per_row is None:

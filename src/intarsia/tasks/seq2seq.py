@@ -103,10 +103,14 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
         """
         o = self.options
         sides = []
-        for fixed, column in ((o.source_language, o.source_language_column), (o.target_language, o.target_language_column)):
+        for fixed, column in (
+            (o.source_language, o.source_language_column),
+            (o.target_language, o.target_language_column),
+        ):
             codes = [fixed or ""] * len(table) if column is None else list(columns.texts(table, column))
-            for row, code in enumerate(codes):
-                if column is not None and code not in codes[:row]:
+            if column is not None:
+                first = {code: row for row, code in reversed(list(enumerate(codes)))}
+                for code, row in first.items():
                     language_id(self.tokenizer, code, f"{columns.where(table)(row)}: ")
             sides.append(codes)
         return list(zip(*sides))
@@ -138,7 +142,12 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
                 encoded, more = encode(self.tokenizer, [sources[row] for row in rows], None, self.max_length)
                 counts.update(more)
                 for row, ids in zip(rows, encoded):
-                    found[row] = {"row": row, "input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"], "language": pair[1]}
+                    found[row] = {
+                        "row": row,
+                        "input_ids": ids["input_ids"],
+                        "attention_mask": ids["attention_mask"],
+                        "language": pair[1],
+                    }
                 if targets is None:
                     continue
                 for row, labels in zip(rows, self._targets([targets[row] for row in rows])):
@@ -163,7 +172,9 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
 
     def _shifted(self, labels: Tensor) -> Tensor:
         if self.shift is None:
-            raise UsageError("a seq2seq task needs the decoder's shift of its model: call intarsia.tasks.bind(task, model) first")
+            raise UsageError(
+                "a seq2seq task needs the decoder's shift of its model: call intarsia.tasks.bind(task, model) first"
+            )
         return self.shift(labels)
 
     def start(self, language: str) -> list[int]:
@@ -245,7 +256,9 @@ def _with_languages(tokenizer: Any, options: Seq2SeqOptions) -> Seq2SeqOptions:
     for side in ("source", "target"):
         code = getattr(options, f"{side}_language")
         if code is None and getattr(options, f"{side}_language_column") is None:
-            raise UsageError(f"{type(tokenizer).__name__} needs language codes: set {side}_language, or {side}_language_column")
+            raise UsageError(
+                f"{type(tokenizer).__name__} needs language codes: set {side}_language, or {side}_language_column"
+            )
         if code is not None:
             language_id(tokenizer, code)
     return options
@@ -262,9 +275,14 @@ def own_shift(model: Any) -> Shift:
         return lambda labels: method(labels=labels)
     function = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
     if function is None:
-        raise UsageError(f"{type(model).__name__} does not say how labels become decoder inputs; task seq2seq needs an encoder-decoder")
+        raise UsageError(
+            f"{type(model).__name__} does not say how labels become decoder inputs; task seq2seq needs an encoder-decoder"
+        )
     config = model.config
-    known = {"pad_token_id": config.pad_token_id, "decoder_start_token_id": getattr(config, "decoder_start_token_id", None)}
+    known = {
+        "pad_token_id": config.pad_token_id,
+        "decoder_start_token_id": getattr(config, "decoder_start_token_id", None),
+    }
     wanted = {name: known[name] for name in list(inspect.signature(function).parameters)[1:]}
     return lambda labels: function(labels, **wanted)
 
@@ -276,11 +294,17 @@ def language_id(tokenizer: Any, code: str, place: str = "") -> int:
         DataError: the tokenizer does not have it; codes like it are named.
     """
     tokens = getattr(tokenizer, "lang_code_to_token", None)
-    codes = list(tokens) if tokens else list(dict.fromkeys(getattr(tokenizer, "extra_special_tokens", None) or tokenizer.all_special_tokens))
+    codes = (
+        list(tokens)
+        if tokens
+        else list(dict.fromkeys(getattr(tokenizer, "extra_special_tokens", None) or tokenizer.all_special_tokens))
+    )
     if code not in codes:
         near = [c for c in codes if c.partition("_")[0] == code.partition("_")[0]]
         hint = f"; did you mean {listing(map(repr, near), 4)}?" if near else nearest(code, codes)
-        raise DataError(f"{place}unknown language code {code!r}{hint} the tokenizer has {len(codes)}: {listing(codes, 6)}")
+        raise DataError(
+            f"{place}unknown language code {code!r}{hint} the tokenizer has {len(codes)}: {listing(codes, 6)}"
+        )
     return int(tokenizer.convert_tokens_to_ids(tokens[code] if tokens else code))
 
 
@@ -300,8 +324,6 @@ def speaking(tokenizer: Any, source: str, target: str) -> Iterator[None]:
     finally:
         tokenizer.tgt_lang = before.get("tgt_lang")
         tokenizer.src_lang = before["src_lang"]
-
-
 
 
 TASKS.add(

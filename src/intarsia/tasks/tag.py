@@ -117,7 +117,9 @@ class Tag(BaseTask[TagOptions]):
         self._counts = counted(found, split_rows=split, words=sum(map(len, words)), unknown=unknown)
         return found
 
-    def _windows(self, row: int, ids: Sequence[int], lengths: Sequence[int], tags: Sequence[int] | None) -> list[Features]:
+    def _windows(
+        self, row: int, ids: Sequence[int], lengths: Sequence[int], tags: Sequence[int] | None
+    ) -> list[Features]:
         """Windows of one sentence; each word is answered in one of them."""
         cuts = windows(len(ids), self.width, self.overlap, flush=True)
         word_of = [[NO_WORD] * (end - start) for start, end in cuts]
@@ -168,7 +170,9 @@ class Tag(BaseTask[TagOptions]):
         count = len(table[row][self.options.tokens])
         missing = [word for word in range(count) if word not in answered]
         if missing:
-            raise DataError(f"{columns.where(table)(row)}: {len(missing)} of {count} words got no tag, the first is word {missing[0] + 1}")
+            raise DataError(
+                f"{columns.where(table)(row)}: {len(missing)} of {count} words got no tag, the first is word {missing[0] + 1}"
+            )
         tags = [answered[word] for word in range(count)]
         return Prediction(row, list(to_iob2(tags)) if self.options.repair else tags, None, summed(parts))
 

@@ -1,8 +1,8 @@
 """Tokenisation for tasks: texts and pairs with counted truncation, word by word, and windows over long inputs.
 
-Words are tokenised one by one, so that no normalisation inside a tokenizer (NFKC turns U+1FBD into a space and a mark) can
-shift pieces from one word to the next; the result equals the tokenizer's own `is_split_into_words` mode.  Works with fast and
-slow tokenizers.  Padding is in `common.py`.
+Words are tokenised one by one, so that no normalisation inside a tokenizer (NFKC turns U+1FBD into a space and a mark)
+can shift pieces from one word to the next; the pieces in a row are those of the words joined by blanks.  Works with fast
+and slow tokenizers.  Padding is in `common.py`.
 """
 
 from __future__ import annotations
@@ -79,12 +79,16 @@ class Frame:
             if bare:
                 break
         else:
-            raise UsageError(f"the tokenizer {type(tokenizer).__name__} gives no pieces for any of {_PROBES}; is its vocabulary loaded?")
+            raise UsageError(
+                f"the tokenizer {type(tokenizer).__name__} gives no pieces for any of {_PROBES}; is its vocabulary loaded?"
+            )
         how = {"text_target": [probe]} if target else {"text": [probe]}
         full = list(tokenizer(**how)["input_ids"][0])
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
         if at is None:
-            raise UsageError(f"{type(tokenizer).__name__} tokenises {probe!r} differently with and without special tokens: {full}, {bare}")
+            raise UsageError(
+                f"{type(tokenizer).__name__} tokenises {probe!r} differently with and without special tokens: {full}, {bare}"
+            )
         middle = [i for word in word_pieces(tokenizer, [tuple(prefix.split())])[0] for i in word]
         return cls((*full[:at], *middle), tuple(full[at + len(bare) :]))
 
@@ -92,7 +96,9 @@ class Frame:
         """Pieces that fit between; raises UsageError if there is no room."""
         left = max_length - len(self.before) - len(self.after)
         if left < 1:
-            raise UsageError(f"max_length={max_length} leaves no room for text: special tokens and prefix take {max_length - left}")
+            raise UsageError(
+                f"max_length={max_length} leaves no room for text: special tokens and prefix take {max_length - left}"
+            )
         return left
 
     def wrap(self, ids: Iterable[int]) -> Ids:
