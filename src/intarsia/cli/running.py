@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.options import parse_values
-from intarsia.errors import CompositionError, ModuleError, UsageError, listing
+from intarsia.errors import CompositionError, ModuleError, UsageError, listing, nearest
 
 if TYPE_CHECKING:
     from intarsia.host import Host
@@ -115,7 +115,10 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
         expression = next(iter(modules))
     parsed = expr(expression)
     order = list(dict.fromkeys(ref.name for ref in parsed.refs()))
-    owner = task_owner([modules[name] for name in order if name in modules], config.head)
+    for name in order:
+        if name not in modules:
+            raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, modules)} given: {listing(modules)}")
+    owner = task_owner([modules[name] for name in order], config.head)
     loaded = bases.load(config.base, head="none" if owner.method.head is not None else None, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     for module in modules.values():
