@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import SiteError, SpecError
-from intarsia.host.socket import cut
+from intarsia.host.parts import weight_of
 from intarsia.methods import Method, Patch
 from intarsia.patches import Delta, Place
+from intarsia.patches.matrix import canonical_shape
+from intarsia.patches.place import Peer
 from intarsia.sites.address import Site, SiteMap
 
 
@@ -99,16 +101,20 @@ def build(
     shared: dict[Hashable, nn.Module] = {}
     by_site: dict[str, tuple[Site, list[Delta]]] = {}
     for patch in method.patches:
-        for site in select(sites, patch):
+        chosen = select(sites, patch)
+        reads = {s.name: width if s.port == "logits" else reads_width(s, module_at(s.path)) for s in chosen}
+        peers = tuple(Peer(s, canonical_shape(s) if s.port == "weight" else (s.features, reads[s.name])) for s in chosen)
+        for site in chosen:
             module = module_at(site.path)
             place = Place(
                 site=site,
-                reads=width if site.port == "logits" else reads_width(site, module),
+                reads=reads[site.name],
                 width=width,
                 generator=torch.Generator().manual_seed(seed_of(seed, site.name, patch.name)),
-                weight=lambda site=site: weight_of(site, module_at),  # type: ignore[misc]
+                weight=lambda site=site, module=module: weight_of(site, module),  # type: ignore[misc]
                 embedding=embedding,
                 bidirectional=bidirectional,
+                peers=peers,
                 shared=shared,
                 device=torch.device("meta") if meta else device_of(module),
             )
@@ -139,15 +145,3 @@ def device_of(module: nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def weight_of(site: Site, module_at: Callable[[str], nn.Module]) -> Tensor | None:
-    """The base's parameter at a site as (out, in), cut to the view; a vector stays a vector."""
-    module = module_at(site.path)
-    parameter = module._parameters.get(site.param or "weight")
-    if parameter is None:
-        return None
-    value: Tensor = parameter.detach()
-    if value.dim() == 2 and (site.transposed or type(module).__name__ == "Conv1D"):
-        value = value.t()
-    return value if site.view is None else cut(value, site, dim=0)

@@ -8,7 +8,6 @@ on its output, then what rescales its input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from transformers import PreTrainedModel
 from intarsia.compose import Expr
 from intarsia.compose.algebra import Algebra, Terms
 from intarsia.errors import CompositionError
-from intarsia.host.build import weight_of
-from intarsia.host.socket import Slot, cut, paste
+from intarsia.host.parts import bias_of, cut, paste, weight_of
+from intarsia.host.socket import Slot
 from intarsia.patches import Delta, Linear, WhyNot
 from intarsia.sites.address import Site, SiteMap
 
@@ -33,7 +32,7 @@ class _Maps:
     """Algebra of affine maps."""
 
     def join(self, h: Linear, change: Linear) -> Linear:
-        return Linear(_plus(h.weight, change.weight), _plus(h.bias, change.bias))
+        return Linear(_plus(h.weight, change.weight), _plus(h.bias, change.bias), h.origin)
 
     plus = join
 
@@ -95,22 +94,23 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _blank(site: Site, module: nn.Module) -> Linear:
-    """The affine map at a site, for asking what a change of it would be."""
-    if site.port == "weight":
-        return Linear(weight_of(site, lambda _: module), None)
-    bias = module._parameters.get("bias")
-    cut_bias = bias if bias is None or site.view is None or site.port == "in" else cut(bias, site, dim=0)
-    return Linear(weight_of(replace(site, view=None if site.port == "in" else site.view), lambda _: module), cut_bias)
+    """The untouched affine map at a site."""
+    return Linear(weight_of(site, module), None if site.port == "weight" else bias_of(site, module))
 
 
 @torch.no_grad()
 def fold(
-    bare: PreTrainedModel, e: Expr, slots: Sequence[tuple[Site, Slot]], sites: SiteMap
+    bare: PreTrainedModel,
+    e: Expr,
+    slots: Sequence[tuple[Site, Slot]],
+    sites: SiteMap,
+    module_at: Callable[[str], nn.Module],
 ) -> PreTrainedModel:
     """Write the change of `e` into `bare`, a closed copy of the base.
 
     Args:
         slots: every site with deltas.
+        module_at: module of a path in the base itself, which stays as it is.
     """
     names = {r.name for r in e.refs()}
     tied = {site.owners for site in sites.parameters() if len(site.owners) > 1}
@@ -118,27 +118,28 @@ def fold(
     todo = [(s, slot) for s, slot in slots if not names.isdisjoint(slot.names)]
     for site, slot in sorted(todo, key=lambda pair: _ORDER[pair[0].port]):
         module = bare.get_submodule(site.path)
+        origin = _blank(site, module_at(site.path))
         if site.port == "weight":
-            _fold_parameter(module, site, slot, e)
+            _fold_parameter(module, site, slot, e, origin)
         else:
             if site.path in shared:
                 raise CompositionError(f"cannot fold at {site.name}: its weight is tied to the word embeddings and would change both")
-            _fold_linear(module, site, slot, e)
+            _fold_linear(module, site, slot, e, origin)
     bare.tie_weights()
     return bare
 
 
-def _fold_parameter(module: nn.Module, site: Site, slot: Slot, e: Expr) -> None:
+def _fold_parameter(module: nn.Module, site: Site, slot: Slot, e: Expr, origin: Linear) -> None:
     value = module._parameters[site.param or "weight"]
     assert value is not None
     canonical = value.t() if site.transposed and value.dim() == 2 else value
     part = canonical if site.view is None else cut(canonical, site, dim=0)
-    new = e.run(Linear(part.float(), None), _FoldAt(slot)).weight.to(value.dtype)
+    new = e.run(Linear(part.float(), None, origin), _FoldAt(slot)).weight.to(value.dtype)
     new = new if site.view is None else paste(canonical, new, site, dim=0)
     value.copy_(new.t() if site.transposed and value.dim() == 2 else new)
 
 
-def _fold_linear(module: nn.Module, site: Site, slot: Slot, e: Expr) -> None:
+def _fold_linear(module: nn.Module, site: Site, slot: Slot, e: Expr, origin: Linear) -> None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         raise CompositionError(f"cannot fold at {site.name}: {type(module).__name__} has no weight matrix there")
@@ -148,7 +149,7 @@ def _fold_linear(module: nn.Module, site: Site, slot: Slot, e: Expr) -> None:
     view = site.view is not None and site.port == "out"
     part = cut(canonical, site, dim=0) if view else canonical
     part_bias = None if bias is None else (cut(bias, site, dim=0) if view else bias)
-    new = e.run(Linear(part.float(), None if part_bias is None else part_bias.float()), _FoldAt(slot))
+    new = e.run(Linear(part.float(), None if part_bias is None else part_bias.float(), origin), _FoldAt(slot))
     if new.bias is not None:
         if bias is None:
             raise CompositionError(

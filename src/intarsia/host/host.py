@@ -32,13 +32,16 @@ from intarsia.host.attention import MemorySocket
 from intarsia.host.build import Built, build
 from intarsia.host.call import CALLS, Call, Child, State
 from intarsia.host.fold import fold, why_not_foldable
+from intarsia.host.given import Watch
 from intarsia.host.output import Root
+from intarsia.host.probe import memories
 from intarsia.host.sequence import DecoderMask, SequenceSocket
 from intarsia.host.socket import Slot, Socket, Tap, key_of
 from intarsia.host.weights import WeightSocket, slot_key
 from intarsia.methods import Method
 from intarsia.modules import Card, Module, check_name
-from intarsia.patches import Attend, Delta, Tokens
+from intarsia.patches import Delta
+from intarsia.patches.delta import reads_call
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.anatomy import Anatomy
 from intarsia.sites.fingerprint import Fingerprint, fingerprint
@@ -210,7 +213,27 @@ class Host:
         head = method.head
         entry = Entry(method, built, getattr(head, "labels", None), dict(roles or {}))
         self._attach(name, entry)
+        try:
+            self._start_from_text(entry)
+        except Exception:
+            self.remove(name)
+            raise
         return self
+
+    def _start_from_text(self, entry: Entry) -> None:
+        """Let prefixes that start from the base's keys and values of a text take these over."""
+        waiting: dict[tuple[int, ...], list[tuple[MemorySocket, Any]]] = {}
+        for site, deltas in entry.built.deltas:
+            for part in (part for delta in deltas for part in delta.form.modules()):
+                text = getattr(getattr(part, "spec", None), "text", ())
+                if text and hasattr(part, "start_from"):
+                    socket = self._find(self.model.get_submodule(site.path), "mem")
+                    waiting.setdefault(text, []).append((socket, part))
+        for text, pairs in waiting.items():
+            with self.using(None):
+                found = memories(self.model, [socket for socket, _ in pairs], text)
+            for (_, part), (keys, values) in zip(pairs, found):
+                part.start_from(keys, values)
 
     def insert(self, module: Module, *, name: str | None = None, force_base: bool = False) -> Host:
         """A stored module, frozen.
@@ -257,18 +280,23 @@ class Host:
                     slot.take(name)
             if isinstance(child, Socket | WeightSocket):
                 child.refresh()
+            elif isinstance(child, Watch):
+                child.names.discard(name)
         return self
 
-    def extract(self, name: str, *, flatten: bool = False) -> Module:
+    def extract(self, name: str, *, flatten: bool = False, **context: Any) -> Module:
         """The module as a value.
 
         Args:
             flatten: give reparametrised parts in their plain form (equal outputs, fewer tensors).
+            context: what a call would say, where the plain form depends on it (`task=` for generated parts).
         """
         entry = self._entry(name)
         method, tensors = entry.method, entry.built.tensors()
+        if context and not flatten:
+            raise SpecError(f"{', '.join(context)}= chooses the plain form of a module: extract({name!r}, flatten=True, ...)")
         if flatten:
-            method, tensors = flattened(entry)
+            method, tensors = flattened(entry, context)
             kept = self._build(method, 0, meta=True).tensors()  # parts tied to forms that are gone are gone too
             tensors = {k: t for k, t in tensors.items() if k in kept}
         return Module(
@@ -347,14 +375,36 @@ class Host:
             child = host._modules[key]
             if isinstance(child, Socket | WeightSocket):
                 child.refresh()
+        asking = [s for s, deltas in entry.built.deltas if s.port != "logits" and any(reads_call(d.form) for d in deltas)]
+        for stack in dict.fromkeys(site.stack for site in asking):
+            self._watch(stack).names.add(name)
+
+    def _watch(self, stack: str) -> Watch:
+        """What notes what a stack is given."""
+        if stack == "decoder":
+            module = self.model.get_decoder()
+        elif stack == "encoder":
+            module = self.model.get_encoder()
+        else:
+            module = self.model.get_submodule(self.sites["seq"].path) if "seq" in self.sites else self.model.base_model
+        watch = self._find(module, "watch")
+        if watch is None:
+            watch = self._child(module, "watch", Watch(self._state, stack))
+            self._record.hooks.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
+            self._record.hooks.append(module.register_forward_hook(watch.after, always_call=True))
+        return watch
 
     def _slot(self, site: Site) -> Slot:
         module = self.model.get_submodule(site.path)
         if site.port == "weight":
             return self._weight_slot(site)
         if site.port == "mem":
-            found = self._find(module, "mem")
-            return (found or self._child(module, "mem", MemorySocket(self._state, site))).slot
+            memory = self._find(module, "mem")
+            if memory is None:
+                memory = self._child(module, "mem", MemorySocket(self._state, site))
+                memory.__dict__["number"] = self._number()
+                memory.__dict__["tap"] = None if site.reads is None else self._tap(site.reads, memory)
+            return memory.slot
         if site.port == "seq":
             return self._sequence_slot(site, module)
         if site.port == "logits":
@@ -362,8 +412,7 @@ class Host:
         socket = self._find(module, site.port)
         if socket is None:
             socket = self._child(module, site.port, Socket(self._state))
-            self._record.numbers += 1
-            socket.__dict__["number"] = self._record.numbers
+            socket.__dict__["number"] = self._number()
             if site.port == "out":
                 self._record.hooks.append(module.register_forward_hook(socket.after, with_kwargs=True))
             else:
@@ -375,7 +424,11 @@ class Host:
             socket.__dict__["norm"] = self.model.get_submodule(site.norm)
         return socket.slot(site)
 
-    def _tap(self, path: str, socket: Socket) -> Tap:
+    def _number(self) -> int:
+        self._record.numbers += 1
+        return self._record.numbers
+
+    def _tap(self, path: str, socket: Socket | MemorySocket) -> Tap:
         module = self.model.get_submodule(path)
         tap = self._find(module, "tap")
         if tap is None:
@@ -528,7 +581,7 @@ class Host:
             raise CompositionError(f"{one} cannot be folded: {reason}")
         bare = copy.deepcopy(self.model)
         Host.of(bare).close()
-        return fold(bare, one, slots, self.sites)
+        return fold(bare, one, slots, self.sites, self.model.get_submodule)
 
     def _slots(self) -> list[tuple[Site, Slot]]:
         """Every site with deltas, each once."""
@@ -586,8 +639,8 @@ def _traits(entry: Entry) -> Traits:
     for site, deltas in entry.built.deltas:
         for delta in deltas:
             spec = next(p.form for p in entry.method.patches if p.name == delta.name)
-            if isinstance(spec, Attend | Tokens):
-                blocks[site.name] = blocks.get(site.name, 0) + spec.length
+            if site.port in ("mem", "seq"):
+                blocks[site.name] = blocks.get(site.name, 0) + int(getattr(spec, "length", 0))
     return Traits(entry.labels if entry.method.head is not None else None, blocks)
 
 
@@ -598,14 +651,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone()
 
 
-def flattened(entry: Entry) -> tuple[Method, dict[str, Tensor]]:
-    """Method and tensors with every exportable form in its plain form."""
+def flattened(entry: Entry, context: Mapping[str, Any]) -> tuple[Method, dict[str, Tensor]]:
+    """Method and tensors with every exportable form in its plain form under a context."""
     specs: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     keep = entry.built.tensors()
     for site, deltas in entry.built.deltas:
         for delta in deltas:
-            exported = delta.form.export()
+            exported = delta.form.export_for(context)
             prefix = f"{site.name}/{delta.name}."
             if exported is None:
                 tensors.update({k: t for k, t in keep.items() if k.startswith(prefix)})

@@ -2,56 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from intarsia.errors import CompositionError, SiteError
 from intarsia.host.call import Call
+from intarsia.host.parts import bias_of, weight_of
+from intarsia.patches.delta import Positions
 from intarsia.sites.address import Site
+
+if TYPE_CHECKING:
+    from intarsia.host.given import Given
 
 
 class View:
     """The surroundings of one slot during one forward.  Nothing is computed until asked."""
 
-    __slots__ = ("_embedding", "_input", "_mask", "_norm", "_reads", "_residual", "_rows", "call", "site")
+    __slots__ = (
+        "_asked", "_embedding", "_given", "_input", "_module", "_norm", "_part", "_reads", "_residual", "_rows", "_size",
+        "call", "site",
+    )  # fmt: skip
 
     def __init__(
         self,
         site: Site,
         call: Call,
         *,
+        module: nn.Module | None = None,
         input: Tensor | None = None,
         residual: Tensor | None = None,
         reads: Tensor | None = None,
         norm: nn.Module | None = None,
-        mask: Tensor | None = None,
+        given: Mapping[str, Given] = MappingProxyType({}),
         embedding: Tensor | None = None,
         rows: Tensor | None = None,
+        size: int = 0,
+        part: int = 0,
     ) -> None:
         self.site = site
         self.call = call
+        self._module = module
         self._input = input
         self._residual = residual
         self._reads = reads
         self._norm = norm
-        self._mask = mask
+        self._given = given
         self._embedding = embedding
         self._rows = rows
+        self._size = size
+        self._part = part
+        self._asked: dict[int, int] = {}
 
-    def of_rows(self, rows: Tensor) -> View:
-        """The same surroundings for some rows only."""
+    def of_rows(self, rows: Tensor, size: int, part: int) -> View:
+        """The same surroundings for some of `size` rows only, which run expression number `part`."""
         return View(
             self.site,
             self.call,
+            module=self._module,
             input=self._input,
             residual=self._residual,
             reads=self._reads,
             norm=self._norm,
-            mask=self._mask,
+            given=self._given,
             embedding=self._embedding,
             rows=rows,
+            size=size,
+            part=part,
         )
 
     def _cut(self, value: Tensor | None, what: str) -> Tensor:
@@ -73,7 +93,23 @@ class View:
 
     @property
     def mask(self) -> Tensor | None:
-        return None if self._mask is None else self._cut(self._mask, "mask")
+        given = self._given.get("logits")
+        mask = None if given is None else bool_mask(given.mask)
+        return None if mask is None else self._cut(mask, "mask")
+
+    @property
+    def weight(self) -> Tensor:
+        value = None if self._module is None else weight_of(self.site, self._module)
+        if value is None or not value.is_floating_point():
+            raise SiteError(
+                f"a method at {self.site.name} looks at the base's weight there, and there is "
+                f"{'none' if value is None else f'one of {value.dtype}'}; use a base whose weights are floating point"
+            )
+        return value
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._module is None else bias_of(self.site, self._module)
 
     @property
     def embedding(self) -> Tensor:
@@ -91,6 +127,107 @@ class View:
                 f"a module at {self.site.name} needs {key!r} from the call: with host.using(expr, {key}=...)"
             )
         return self.call.context[key]
+
+    # -- what the whole stack was given ------------------------------------------------------------------------------
+
+    @property
+    def _states(self) -> bool:
+        """Whether the tokens here are the encoder's, read by a decoder."""
+        return self.site.name.endswith((".xattn.k", ".xattn.v"))
+
+    @property
+    def _stack(self) -> Given:
+        given = self._given.get(self.site.stack if self.site.port != "logits" else "logits")
+        if given is None:
+            raise SiteError(
+                f"a module at {self.site.name} looks at the whole batch, which was not seen; call the model, or its encoder "
+                "or decoder, not a part of them"
+            )
+        return given
+
+    def _batch_rows(self) -> Tensor | None:
+        """Numbers of the batch's rows that are computed here, None for all."""
+        if self._rows is None:
+            return None
+        each = self._size // self._stack.rows  # a layer that flattens [B, T] has T rows for each
+        return self._rows[::each] // each
+
+    @property
+    def rows(self) -> int:
+        return self._stack.rows if self._rows is None else len(self._rows) * self._stack.rows // self._size
+
+    def per_row(self, key: str) -> tuple[Any, ...]:
+        value = self.context(key)
+        count = self._stack.rows
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return (value,) * self.rows
+        if not value or count % len(value):
+            raise CompositionError(f"{key}= has {len(value)} values, but a batch of {count} rows came; give one per row")
+        repeated = [v for v in value for _ in range(count // len(value))]  # beams repeat every row in place
+        mine = self._batch_rows()
+        return tuple(repeated if mine is None else [repeated[i] for i in mine.tolist()])
+
+    @property
+    def ids(self) -> Tensor | None:
+        ids, mine = self._stack.ids, self._batch_rows()
+        return ids if ids is None or mine is None else ids[mine]
+
+    def tokens(self, length: int) -> Positions:
+        given, mine = self._stack, self._batch_rows()
+        past = 0 if self._states else given.past
+        real = real_positions(given, given.states_mask if self._states else given.mask, past + length, self._device())
+        real = real if mine is None else real[mine]
+        rank = torch.where(real, real.cumsum(1) - 1, -1)[:, past:]
+        told = "prompt" in self.call.context and self.site.stack != "encoder" and not self._states
+        if told:
+            prompt = torch.tensor(self.per_row("prompt"), device=rank.device) + given.soft
+        elif given.answers and not self._states:
+            prompt = torch.ones_like(rank[:, 0])
+        else:
+            prompt = torch.zeros_like(rank[:, 0]) if past else real.sum(1)
+        return Positions(rank, prompt, over=past > 0 and not told)
+
+    def _device(self) -> torch.device:
+        for value in (self._input, self._reads, self._residual):
+            if value is not None:
+                return value.device
+        raise SiteError(f"site {self.site.name} (port {self.site.port}) gives no tokens to look at")
+
+    def kept(self, owner: object, make: Callable[[], Tensor]) -> Tensor:
+        given = self._stack
+        count = self._asked[id(owner)] = self._asked.get(id(owner), -1) + 1  # `a >> a` asks twice
+        key = (id(owner), self._part, count)
+        if given.past == 0 or self._states:
+            value = make()
+            if given.kept is not None:
+                given.kept[key] = value.detach()
+            return value
+        if given.kept is None or key not in given.kept:
+            raise CompositionError(
+                f"a module at {self.site.name} keeps what it saw in the prompt, but this cache was filled without it; "
+                "read the prompt and generate with the same expression"
+            )
+        return given.kept[key]
+
+
+def real_positions(given: Given, mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Which of `length` positions hold tokens, [B, length].
+
+    Raises:
+        SiteError: the mask is about something else than these positions, and not all of it is real.
+    """
+    if mask is not None and mask.shape[1] != length:
+        shorten = getattr(given.stack, "_get_feature_vector_attention_mask", None)  # encoders of sound shorten their frames
+        if shorten is not None:
+            mask = shorten(length, mask)
+        elif bool(mask.all()):
+            mask = None
+        else:
+            raise SiteError(f"the attention mask has {mask.shape[1]} positions where the stack has {length}, so padding is unknown")
+    found = bool_mask(mask)
+    return torch.ones(given.rows, length, dtype=torch.bool, device=device) if found is None else found
 
 
 def bool_mask(mask: Tensor | None) -> Tensor | None:

@@ -6,14 +6,14 @@ Order at a module: slots in the order they were first used; in a slot the expres
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from intarsia.compose import LOGITS, TENSORS, Algebra
 from intarsia.errors import CompositionError
 from intarsia.host.call import Call, Child, State, thread
+from intarsia.host.parts import cut, paste
 from intarsia.host.seen import View
 from intarsia.patches import Delta
 from intarsia.sites.address import Site
@@ -72,6 +72,13 @@ class SlotAt:
         return delta(h, self.seen)
 
 
+class Consumer(Protocol):
+    """What a tap serves."""
+
+    def active(self, call: Call) -> bool:
+        """Whether the call concerns it."""
+
+
 class Tap(Child):
     """Remembers a module's input until the sockets that asked for it have run (per thread, never copied)."""
 
@@ -80,7 +87,7 @@ class Tap(Child):
         self.__dict__["consumers"] = {}
         self.__dict__["values"] = {}
 
-    consumers: dict[int, Socket]
+    consumers: dict[int, Consumer]
     values: dict[tuple[int, int], Tensor]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,16 +156,17 @@ class Socket(Child):
         call = self.state.current()
         return call if call is not None and self.active(call) else None
 
-    def _run(self, h: Tensor, call: Call, given: Tensor | None) -> Tensor:
+    def _run(self, module: nn.Module, h: Tensor, call: Call, given: Tensor | None) -> Tensor:
         values = {id(tap): tap.pop(self.number) for tap in dict.fromkeys(self.taps.values())}  # one may serve both
         surroundings = {what: values[id(tap)] for what, tap in self.taps.items()}
         for slot in self.slots.values():
-            if slot.names.isdisjoint(call.names):  # type: ignore[union-attr, operator]
-                continue
             site: Site = slot.site  # type: ignore[assignment]
+            if slot.names.isdisjoint(call.names) or call.drops(site):  # type: ignore[union-attr, operator]
+                continue
             if call.rows is not None:
                 refuse_rows(site)
-            seen = View(site, call, input=given, norm=self.norm, **surroundings)
+            noted = self.state.noted()
+            seen = View(site, call, module=module, input=given, norm=self.norm, given=noted, **surroundings)
             part = h if site.view is None else cut(h, site)
             value = run_rows(call, part, seen, slot)  # type: ignore[arg-type]
             h = value if site.view is None else paste(h, value, site)
@@ -171,7 +179,7 @@ class Socket(Child):
             return None
         h = output[0] if isinstance(output, tuple) else output
         given = args[0] if args and isinstance(args[0], Tensor) else first_tensor(args, kwargs)[1]
-        h = self._run(h, call, given)
+        h = self._run(module, h, call, given)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -180,7 +188,7 @@ class Socket(Child):
         if call is None:
             return None
         key, h = first_tensor(args, kwargs)
-        h = self._run(h, call, h)
+        h = self._run(module, h, call, h)
         return ((h, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: h})
 
 
@@ -206,28 +214,7 @@ def run_rows(call: Call, h: Tensor, seen: View, slot: Slot) -> Tensor:
         rows = (index == number).nonzero()[:, 0]
         if len(rows):
             part = h[rows]
-            value = expression.run(part, SlotAt(slot, seen.of_rows(rows), TENSORS))
+            value = expression.run(part, SlotAt(slot, seen.of_rows(rows, h.shape[0], number), TENSORS))
             if value is not part:
                 h = h.index_copy(0, rows, value.to(h.dtype))
     return h
-
-
-def cut(h: Tensor, site: Site, dim: int = -1) -> Tensor:
-    """The part of a fused projection that belongs to a site."""
-    view = site.view
-    assert view is not None
-    grouped = h.unflatten(dim, (view.groups, -1))
-    axis = dim if dim < 0 else dim + 1
-    return grouped.narrow(axis, view.start, view.width).flatten(axis - 1, axis)
-
-
-def paste(h: Tensor, part: Tensor, site: Site, dim: int = -1) -> Tensor:
-    """`h` with a site's part replaced; `h` itself is left alone."""
-    view = site.view
-    assert view is not None
-    axis = dim if dim < 0 else dim + 1
-    grouped = h.unflatten(dim, (view.groups, -1))
-    middle = part.unflatten(dim, (view.groups, view.width))
-    tail = grouped.shape[axis] - view.start - view.width
-    pieces = [grouped.narrow(axis, 0, view.start), middle, grouped.narrow(axis, view.start + view.width, tail)]
-    return torch.cat(pieces, axis).flatten(axis - 1, axis)

@@ -3,30 +3,59 @@
 from intarsia.patches.affine import Affine
 from intarsia.patches.attend import Attend
 from intarsia.patches.bottleneck import Bottleneck
+from intarsia.patches.circulant import Circulant
+from intarsia.patches.combine import Blocks, Hadamard, Sum
 from intarsia.patches.const import Const
+from intarsia.patches.core import Core, Free, Seeded, Singular
 from intarsia.patches.delta import Delta, Form, FormSpec, Linear, OpSpec, Seen, WhyNot
 from intarsia.patches.factors import Dense, Factor, FactorSpec, LowRank
+from intarsia.patches.fourier import Fourier
+from intarsia.patches.gated import Gated, Scaled
 from intarsia.patches.heads import Head, LanguageModelHead
+from intarsia.patches.hyper import Hyper
 from intarsia.patches.kron import Kron, KronPair
+from intarsia.patches.labels import MultiMaskLabels
 from intarsia.patches.matrix import Matrix
-from intarsia.patches.ops import Add, Concat, Mul, Replace
+from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot
+from intarsia.patches.orthogonal import Butterfly, Cayley, Householder
+from intarsia.patches.pairs import Pairs
+from intarsia.patches.pattern import Diag, Pattern
 from intarsia.patches.place import Place
+from intarsia.patches.principal import Principal
+from intarsia.patches.projection import Projection
+from intarsia.patches.renorm import Renorm
+from intarsia.patches.rows import Rows
+from intarsia.patches.sketch import Sketch
+from intarsia.patches.subspace import SubspaceEdit
 from intarsia.patches.tokens import Tokens
 
 __all__ = [
     "Add",
     "Affine",
     "Attend",
+    "Blocks",
     "Bottleneck",
+    "Butterfly",
+    "Cayley",
+    "Circulant",
     "Concat",
     "Const",
+    "Core",
     "Delta",
     "Dense",
+    "Diag",
     "Factor",
     "FactorSpec",
     "Form",
     "FormSpec",
+    "Fourier",
+    "Free",
+    "Gain",
+    "Gated",
+    "Hadamard",
     "Head",
+    "Householder",
+    "Hyper",
     "Kron",
     "KronPair",
     "LanguageModelHead",
@@ -34,10 +63,24 @@ __all__ = [
     "LowRank",
     "Matrix",
     "Mul",
+    "MultiMaskLabels",
     "OpSpec",
+    "Pairs",
+    "Pattern",
     "Place",
+    "Principal",
+    "Projection",
+    "Renorm",
     "Replace",
+    "Rot",
+    "Rows",
+    "Scaled",
+    "Seeded",
     "Seen",
+    "Singular",
+    "Sketch",
+    "SubspaceEdit",
+    "Sum",
     "Tokens",
     "WhyNot",
 ]

@@ -10,6 +10,7 @@ A delta holds no state about who is active and never writes to the model.  `h` i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,6 +43,14 @@ class Seen(Protocol):
         """Attention mask of the call, [B, T] bool, None if the caller gave none."""
 
     @property
+    def weight(self) -> Tensor:
+        """The touched layer's own weight, [out, in], cut to the site's view; never what other modules make of it."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The touched layer's own bias, [out], cut to the site's view; None if it has none."""
+
+    @property
     def embedding(self) -> Tensor:
         """The base's word-embedding matrix, [V, d]."""
 
@@ -54,6 +63,43 @@ class Seen(Protocol):
     def context(self, key: str) -> Any:
         """Per-call context, e.g. a task id; raises CompositionError naming the key if the call gave none."""
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that this form computes.  Some layers flatten [B, T], so a tensor's first dimension is a multiple."""
+
+    def per_row(self, key: str) -> tuple[Any, ...]:
+        """Per-call context with one value for each of `rows`; a single value of the call stands for all of them."""
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Token ids the model was given, [rows, T] (heads only), None if it was given embeddings."""
+
+    def tokens(self, length: int) -> Positions:
+        """Which of the `length` positions of a tensor here hold tokens, and which of these are the prompt."""
+
+    def kept(self, owner: object, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, computed when the prompt is read and kept with the cache for the steps that follow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """The positions of one pass through a stack.
+
+    Attributes:
+        rank: [R, T], the number of real tokens before each position, earlier passes included; -1 where there is padding.
+        prompt: [R], how many tokens the prompt has: what the call's context `prompt` says, else all that the first pass
+            brings (one in a decoder that reads an encoder: its start token).
+        over: the prompt was read in earlier passes, and none of it is here.
+    """
+
+    rank: Tensor
+    prompt: Tensor
+    over: bool = False
+
+    def in_prompt(self) -> Tensor:
+        """[R, T] bool: real tokens of the prompt."""
+        return (self.rank >= 0) & (self.rank < self.prompt[:, None])
+
 
 @dataclass(frozen=True, slots=True)
 class WhyNot:
@@ -64,14 +110,25 @@ class WhyNot:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """An affine map y = W x + b as data: W is [out, in] (or a vector for norms), b [out] or None.  Used for folding."""
+    """An affine map y = W x + b as data: W is [out, in] (or a vector for norms), b [out] or None.  Used for folding.
+
+    Attributes:
+        origin: the layer's map before any module changed it; None where this is it.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
+    origin: Linear | None = None
 
 
 class Form(nn.Module):
-    """Computes the value of a patch.  Subclasses read parameters in `forward` only."""
+    """Computes the value of a patch.  Subclasses read parameters in `forward` only.
+
+    A form (or a part of one) whose class sets `reads_call` looks at `Seen.rows`, `per_row`, `tokens` or `kept`; the host
+    notes what a stack was given only where one is active.
+    """
+
+    reads_call = False
 
     def forward(self, h: Any, seen: Seen) -> Any:
         raise NotImplementedError
@@ -80,6 +137,19 @@ class Form(nn.Module):
         """The value as an affine function of the touched module's *input* (`read == "input"`), if it is one."""
         return WhyNot(f"{type(self).__name__} is not an affine function of the layer's input")
 
+    def value_at(self, base: Linear, port: str) -> Linear | WhyNot:
+        """The value as an affine function of the touched layer's input, where that layer is `base` as it is now.
+
+        At the port `in` the value enters through the layer; what is meant is what it gives behind it.
+        """
+        if port == "out":
+            return self.as_linear()
+        return WhyNot(
+            "a value added to a layer's input enters through the layer's own weights; only `out` folds"
+            if port == "in"
+            else f"{type(self).__name__} is not a change of this parameter"
+        )
+
     def constant(self) -> Tensor | WhyNot:
         """The value if it does not depend on any activation."""
         return WhyNot(f"{type(self).__name__} depends on the activations")
@@ -87,6 +157,15 @@ class Form(nn.Module):
     def export(self) -> tuple[Any, dict[str, Tensor]] | None:
         """A cheaper equal form as (specification, its tensors), or None if this is already the cheapest."""
         return None
+
+    def export_for(self, context: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]] | None:
+        """`export` under a call's context, for forms whose tensors depend on it (a task id)."""
+        return self.export()
+
+
+def reads_call(form: nn.Module) -> bool:
+    """Whether a form or a part of it looks at what the whole stack was given."""
+    return any(getattr(part, "reads_call", False) for part in form.modules())
 
 
 @runtime_checkable

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from intarsia._codec import register
 from intarsia.errors import SpecError
-from intarsia.patches.delta import same_dtype
+from intarsia.patches.delta import Seen, same_dtype
 from intarsia.patches.init import INITS
 from intarsia.patches.place import Place
 
@@ -31,6 +32,42 @@ class Factor(nn.Module):
     def materialise(self) -> Tensor:
         """The tensor itself."""
         raise NotImplementedError
+
+    def export(self) -> tuple[FactorSpec, dict[str, Tensor]] | None:
+        """A cheaper equal factor as (specification, its tensors by leaf), or None if this is already the cheapest."""
+        return None
+
+    def row_squares(self, base: Tensor, scale: float, squares: Tensor) -> Tensor:
+        """Squared norms of the rows of base + scale * materialise(), [out]; members avoid the dense product if they can.
+
+        Args:
+            squares: those of `base` alone.
+        """
+        return (base + scale * self.materialise()).square().sum(1)
+
+    def given(self, seen: Seen) -> Applied:
+        """The factor under a call: itself, unless its tensor depends on the call's context."""
+        return self
+
+    def fixed(self, context: Mapping[str, Any]) -> Tensor | None:
+        """The tensor under a context, None if the context does not decide it."""
+        return self.materialise()
+
+
+class Applied(Protocol):
+    """A factor in a forward pass.  `materialise` has a first dimension more where rows differ: [R, *shape]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def materialise(self) -> Tensor: ...
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """A vector [n], or one per row [R, n], so that it meets `like` [R * k, ..., n]."""
+    if value.dim() == 1:
+        return value
+    if like.shape[0] != value.shape[0]:  # a layer that flattens [B, T]
+        value = value.repeat_interleave(like.shape[0] // value.shape[0], 0)
+    return value.view(value.shape[0], *[1] * (like.dim() - 2), value.shape[-1])
 
 
 @runtime_checkable
@@ -77,6 +114,11 @@ class LowRankFactor(Factor):
 
     def materialise(self) -> Tensor:
         return self.up @ self.down
+
+    def row_squares(self, base: Tensor, scale: float, squares: Tensor) -> Tensor:
+        cross = (F.linear(base, self.down) * self.up).sum(1)
+        own = (self.up @ (self.down @ self.down.T) * self.up).sum(1)
+        return squares + 2.0 * scale * cross + scale**2 * own
 
 
 @register("low_rank")

@@ -33,6 +33,10 @@ class MatrixForm(Form):
     def constant(self) -> Tensor:
         return self.factor.materialise()
 
+    def export(self) -> tuple[Matrix, dict[str, Tensor]] | None:
+        exported = self.factor.export()
+        return None if exported is None else (Matrix(exported[0]), {f"factor.{k}": t for k, t in exported[1].items()})
+
 
 @register("matrix")
 @dataclass(frozen=True, slots=True)

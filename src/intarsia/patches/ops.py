@@ -4,6 +4,8 @@
 |---|---|---|
 | `Add(scale)` | scale * value | at a linear map |
 | `Mul()` | h * value - h | at a linear map: rows of W and b (out), columns of W (in) |
+| `Gain(scale)` | scale * h * value | as `Mul` |
+| `Rot()` | value - h, the value a linear map of h | at a linear map |
 | `Concat()` | the blocks themselves (appended) | never |
 | `Replace()` | the value (a head's logits) | never |
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from intarsia._codec import register
 from intarsia.patches.delta import Form, Linear, WhyNot, back
@@ -29,15 +33,10 @@ class Add:
         return value if self.scale == 1.0 else value * self.scale
 
     def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
-        if port == "weight":
-            whole = form.constant()
-            return whole if isinstance(whole, WhyNot) else Linear(whole * self.scale, None)
-        if port != "out":
-            return WhyNot("a value added to a layer's input enters through the layer's own weights; only `out` folds")
         constant = form.constant()
-        if not isinstance(constant, WhyNot):
-            return Linear(None, constant * self.scale)
-        value = form.as_linear()
+        if not isinstance(constant, WhyNot) and port != "in":
+            return Linear(constant * self.scale, None) if port == "weight" else Linear(None, constant * self.scale)
+        value = form.value_at(base, port)
         if isinstance(value, WhyNot):
             return value
         bias = None if value.bias is None else value.bias * self.scale
@@ -54,17 +53,51 @@ class Mul:
 
     def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
         value = form.constant()
+        return value if isinstance(value, WhyNot) else _rescaled(base, value - 1.0, port)
+
+
+@register("gain")
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """h' = h * (1 + scale * value): as `Mul`, but a value of zero is the base."""
+
+    scale: float = 1.0
+
+    def change(self, h: Any, value: Any) -> Any:
+        return h * back(value * self.scale, h)
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        value = form.constant()
+        return value if isinstance(value, WhyNot) else _rescaled(base, value * self.scale, port)
+
+
+def _rescaled(base: Linear, gain: Tensor, port: str) -> Linear | WhyNot:
+    """The change of a map whose output, input or weight is multiplied by 1 + gain."""
+    if base.weight is None:
+        return WhyNot("there is no weight here to rescale")
+    if port == "out":
+        weight = base.weight * (gain[:, None] if base.weight.dim() == 2 else gain)
+        return Linear(weight, None if base.bias is None else base.bias * gain)
+    return Linear(base.weight * (gain[None, :] if port == "in" else gain), None)
+
+
+@register("rot")
+@dataclass(frozen=True, slots=True)
+class Rot:
+    """h' = value, the value being a linear map of h itself: a rotation of the input side (port `weight`: W R) or of the
+    output (port `out`)."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        return back(value, h) - h
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        value = form.value_at(base, port)
         if isinstance(value, WhyNot):
             return value
-        gain = value - 1.0
-        if base.weight is None:
-            return WhyNot("there is no weight here to rescale")
-        if port == "out":
-            weight = base.weight * (gain[:, None] if base.weight.dim() == 2 else gain)
-            return Linear(weight, None if base.bias is None else base.bias * gain)
-        if port == "in":
-            return Linear(base.weight * gain[None, :], None)
-        return Linear(base.weight * gain, None)
+        if value.weight is None or base.weight is None:
+            return WhyNot("there is no weight here to turn")
+        bias = None if value.bias is None or base.bias is None else value.bias - base.bias
+        return Linear(value.weight - base.weight, bias)
 
 
 @register("concat")
