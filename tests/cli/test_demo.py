@@ -11,8 +11,8 @@ import pytest
 
 from intarsia.data import read
 from intarsia.demo import run as demo
+from intarsia.demo.pages import page_table
 from intarsia.demo.plan import LANGUAGES, PLAN, RECIPE, UNSEEN, Plan
-from intarsia.demo.report import page_table
 from intarsia.modules import load
 from tests.cli.bases import make_base
 from tests.cli.run import Here
@@ -81,7 +81,7 @@ def test_the_plan_is_what_was_promised() -> None:
 
 
 def test_page_table_escapes_and_aligns() -> None:
-    assert page_table((["a", "b"], [["x|y", 1234], ["z", None]])).splitlines() == [
+    assert page_table(["a", "b"], [["x|y", 1234], ["z", None]]).splitlines() == [
         "| a | b |", "|---|---:|", "| x\\|y | 1,234 |", "| z | - |",
     ]  # fmt: skip
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from intarsia._codec import encode
 from intarsia.methods import Method, Patch
+from intarsia.methods.rows import NORMS
 
 #: long site patterns that have a name
-SHORT = {"**.norm.{weight,bias}, **.post_norm.{weight,bias}": "layer norms", "**": "every parameter", "**.bias": "biases"}
+SHORT = {NORMS: "layer norms", "**": "every parameter", "**.bias": "biases"}
 
 
 def where_text(patch: Patch) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from intarsia.methods import Row
 
 Name = Annotated[str | None, typer.Argument(help="A method; all of them if left out.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a page of the documentation.")]
 OnBase = Annotated[str | None, typer.Option("--base", help="Count on this model: a folder, or a name of `intarsia bases`.")]
 
 
@@ -29,6 +30,7 @@ def methods(
     config: ModelConfig = None,
     set_: Settings = None,
     allow_network: AllowNetwork = False,
+    markdown: Markdown = False,
 ) -> None:
     """The methods: where each changes the model, in what form, and what it trains.
 
@@ -40,7 +42,8 @@ def methods(
     if name is None:
         count = counter(base, config, allow_network=allow_network)
         rows = [describe(row, count, {}) for row in METHODS.values()]
-        console.result({"base": count.name, "parameters": count.total, "methods": rows}, lambda: _all(console, rows, count))
+        show = _page if markdown else _all
+        console.result({"base": count.name, "parameters": count.total, "methods": rows}, lambda: show(console, rows, count))
         return
     from intarsia.cli.options import parse_settings
 
@@ -85,6 +88,25 @@ def _all(console: Console, rows: list[dict[str, Any]], count: Counter) -> None:
     console.line()
     console.line(f"Counts: {count.name}, {count.total:,} parameters; without a head, which adds {count.head_text}.")
     console.line("Next:   intarsia methods NAME --base MODEL      intarsia train --method NAME --set KEY=VALUE ...")
+
+
+def _page(console: Console, rows: list[dict[str, Any]], count: Counter) -> None:
+    """The table and a paragraph per method, as `docs/methods.md` has them."""
+    from intarsia.cli.axes import settings_text
+    from intarsia.demo.pages import page_table
+
+    console.line("# Methods\n")
+    console.line("This page is generated: `intarsia methods --markdown > docs/methods.md`.\n")
+    console.line(
+        "A method is a row of data: at *sites* of the model (`intarsia inspect MODEL` lists them) a *form* computes a value from the "
+        f"module's tensors, and an *op* lets it in. Counts are exact, for {count.name} ({count.total:,} parameters), without a head, which "
+        f"adds {count.head_text}.\n"
+    )
+    head = ["method", "where", "form", "op", "trainable", "%"]
+    console.line(page_table(head, [[f"`{r['name']}`", f"`{r['where']}`", f"`{r['form']}`", f"`{r['op']}`", *amount(r)] for r in rows]))
+    for r in rows:
+        console.line(f"\n## {r['name']}\n\n{r['summary']}\n\n- equation: `{r['equation']}`\n- source: {r['source']}")
+        console.line(f"- settings (`--set KEY=VALUE`): {'`' + settings_text(r['defaults']) + '`' if r['defaults'] else 'none'}")
 
 
 def _one(console: Console, row: Row, described: dict[str, Any], count: Counter) -> None:

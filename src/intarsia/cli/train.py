@@ -260,10 +260,11 @@ def check_data(console: Console, task: BaseTask[Any], table: Table, dev: Table |
     roles = [getattr(options, role, None) for role in ("text", "pair", "tokens", "source", "target", "prompt", "completion")]
     texts = [name for name in roles if isinstance(name, str) and name in table.names]
     label = next((getattr(options, role) for role in ("tags", "label", "value") if getattr(options, role, None) in table.names), None)
+    prefix = task.tokenizer(getattr(options, "prefix", ""), add_special_tokens=False)["input_ids"]  # stands before every text
     several = getattr(options, "problem", "") == "multi"
     report = check(
         table, dev, text=texts, label=None if several else label, numeric_label=task.name == "regress", tokenizer=task.tokenizer,
-        max_length=task.max_length,
+        max_length=task.max_length - len(prefix),
     )  # fmt: skip
     for line in report.warnings:
         console.warn(line)

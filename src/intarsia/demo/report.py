@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from intarsia.data import Table, write
 from intarsia.demo import plots
-from intarsia.demo.outcome import Accuracy, Outcome, Rows, check_table, gain_line, language_table, method_table
+from intarsia.demo.outcome import Accuracy, Outcome, check_table, gain_line, language_table, method_table
+from intarsia.demo.pages import page_table
 from intarsia.demo.plan import LANGUAGES
 from intarsia.methods import METHODS
 from intarsia.modules import write_atomic
@@ -73,7 +74,7 @@ per language and {recipe.epochs:g} passes over the training data: intervals that
 
 SIB-200 (topics) on FLORES-200 (sentences), CC BY-SA 4.0; source and licence are in `demo/data/LICENSE-DATA.md` of the package.
 
-{page_table(check_table(outcome))}
+{page_table(*check_table(outcome))}
 
 `*` not among the languages the base's vocabulary was made for.
 
@@ -81,7 +82,7 @@ SIB-200 (topics) on FLORES-200 (sentences), CC BY-SA 4.0; source and licence are
 
 Batches of {recipe.batch_size}, at most {plan.max_length} pieces per sentence. "Trainable" counts the module and its head.
 
-{page_table(method_table(outcome))}
+{page_table(*method_table(outcome))}
 
 ![Trained parameters against test accuracy, with intervals](cost-quality.png)
 
@@ -89,14 +90,14 @@ Batches of {recipe.batch_size}, at most {plan.max_length} pieces per sentence. "
 
 ## Other languages, without training on them
 
-{page_table(language_table(singles))}
+{page_table(*language_table(singles))}
 
 ## Laid together
 
 `{plan.pair[0]}` and `{plan.pair[1]}` were trained alone and never saw each other. In `a >> b` the second works on what the first left
 behind and its head answers; in `0.5*a + 0.5*b` both see the same input, and their changes and their logits are averaged.
 
-{page_table(language_table([t for t in outcome.transfers if t.name == outcome.best] + composed))}
+{page_table(*language_table([t for t in singles if t.name == outcome.best] + composed))}
 
 {chr(10).join(f"- {gain_line(t, outcome.best)}" for t in composed)}
 
@@ -107,15 +108,3 @@ behind and its head answers; in `0.5*a + 0.5*b` both see the same input, and the
 It is one task with a few hundred sentences of news and travel guides. The base was trained on web text and carries its
 prejudices; no bias evaluation was made. Base: {outcome.source}, licence {outcome.licence}, weights `{outcome.weights}`.
 """
-
-
-def page_table(table: Rows) -> str:
-    """A table in markdown; columns of numbers are set to the right."""
-    head, rows = table
-    text = [["-" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    right = [all(row[i][:1].isdigit() or row[i] in ("-", "") for row in text) for i in range(len(head))]
-    return "\n".join([_line(head), "|" + "".join("---:|" if r else "---|" for r in right), *map(_line, text)])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

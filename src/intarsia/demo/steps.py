@@ -57,10 +57,12 @@ def load_tables(plan: Plan) -> dict[str, Table]:
 
 def check_data(outcome: Outcome, base: bases.Base, tables: Tables) -> None:
     """Check English with its three files, and each other language's test file against the English training file."""
+    prefix = base.tokenizer(base.text_prefix, add_special_tokens=False)["input_ids"]  # stands before every text
+    room = outcome.plan.max_length - len(prefix)
     for code in LANGUAGES:
         dev = tables["dev"] if code == SOURCE else None
         outcome.checks[code] = check(
-            tables["train"], dev, tables[code], text="text", label="label", tokenizer=base.tokenizer, max_length=outcome.plan.max_length
+            tables["train"], dev, tables[code], text="text", label="label", tokenizer=base.tokenizer, max_length=room
         )
 
 
