@@ -6,16 +6,18 @@ position bias, and call the implementation that was configured.  The cache never
 in front again at every step), so generation, beams and checkpointing are right by construction.
 
 Keys enter after the key projection and after rotary embedding: prefixes have no position.  A relative position bias (T5)
-is 0 on prefix columns.
+is 0 on prefix columns.  Blocks with a gate have a softmax of their own, whose result is added to the heads.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -23,9 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intarsia.compose import BLOCKS
 from intarsia.errors import SiteError
-from intarsia.host.call import Call, Child, State
+from intarsia.host.call import Call, Child, State, thread
 from intarsia.host.seen import View
-from intarsia.host.socket import Slot, SlotAt
+from intarsia.host.socket import Slot, SlotAt, Tap
 from intarsia.patches.blocks import MemoryBlock
 from intarsia.sites.address import Site
 
@@ -39,6 +41,16 @@ class MemorySocket(Child):
     def __init__(self, state: State, site: Site) -> None:
         super().__init__(state)
         self.slot = Slot(site)
+        self.__dict__["tap"] = None
+        self.__dict__["number"] = 0
+        self.__dict__["caught"] = {}
+
+    tap: Tap | None
+    number: int
+    caught: dict[int, tuple[Tensor, Tensor] | None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "caught": {}}
 
     @property
     def names(self) -> set[str]:
@@ -47,44 +59,107 @@ class MemorySocket(Child):
     def active(self, call: Call) -> bool:
         return not self.names.isdisjoint(call.names)
 
-    def prefix(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Keys and values [B, H_kv, P, d] of this call and which of them are real, [B, P] (None: all)."""
+    def fronts(self, keys: Tensor) -> tuple[Front | None, list[Front]]:
+        """What this call puts in front of keys [B, H_kv, T, d]: blocks that share their softmax, and those with their own."""
+        if thread() in self.caught:
+            return None, []
         call = self.state.current()
-        if call is None or not self.active(call):
-            return None
+        reads = None if self.tap is None else self.tap.pop(self.number)
         site: Site = self.slot.site
-        batch = keys.shape[0]
-        at = SlotAt(self.slot, View(site, call, input=query), BLOCKS)
+        if call is None or not self.active(call) or call.drops(site):
+            return None, []
+        seen = View(site, call, reads=reads, given=self.state.noted())
         if call.rows is None:
-            found = gather(call.exprs[0].run((), at), keys)
-            if found is None:
-                return None
-            pk, pv = (t if t.dim() == 4 else t.expand(batch, *t.shape) for t in found)
-            return pk, pv, None
-        parts = [gather(e.run((), at), keys) for e in call.exprs]
-        longest = max((0 if p is None else p[0].shape[-2]) for p in parts)
-        if longest == 0:
+            rows: list[Tensor | None] = [None]
+            found: list[tuple[MemoryBlock, ...]] = [call.exprs[0].run((), SlotAt(self.slot, seen, BLOCKS))]
+        else:
+            index = call.index(keys.shape[0], keys.device)
+            rows, found = [], []
+            for number, expression in enumerate(call.exprs):
+                mine = (index == number).nonzero()[:, 0]
+                if len(mine):
+                    part = seen.of_rows(mine, keys.shape[0], number)
+                    rows.append(mine)
+                    found.append(expression.run((), SlotAt(self.slot, part, BLOCKS)))
+        shared = Front.of([tuple(b for b in blocks if b.gate is None) for blocks in found], rows, keys)
+        own = [[b for b in blocks if b.gate is not None] for blocks in found]
+        depth = max(map(len, own))
+        apart = [Front.of([tuple(blocks[i : i + 1]) for blocks in own], rows, keys) for i in range(depth)]
+        return shared, [front for front in apart if front is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Keys and values in front of an attention's own.
+
+    Attributes:
+        keys, values: [B, H_kv, P, d].
+        valid: which of them are there for a row, [B, P]; None: all for all.
+        gate: strength per row, [B], of blocks with a softmax of their own.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None = None
+    gate: Tensor | None = None
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[MemoryBlock, ...]], rows: Sequence[Tensor | None], like: Tensor) -> Front | None:
+        """The blocks of each expression, for its rows (None: all rows), in the dtype of `like` [B, H_kv, T, d]."""
+        batch = like.shape[0]
+        if not any(found):
             return None
-        empty = keys.new_zeros(keys.shape[1], 0, keys.shape[3])
-        filled, valid = [], []
-        for part in parts:
-            pair = part or (empty, empty)
-            length = pair[0].shape[-2]
-            front = keys.new_zeros(keys.shape[1], longest - length, keys.shape[3])
-            filled.append(torch.stack([torch.cat([front, tensor], 1) for tensor in pair]))
-            valid.append(torch.arange(longest, device=keys.device) >= longest - length)
-        index = call.index(batch, keys.device)
-        front_keys, front_values = torch.stack(filled)[index].unbind(1)
-        return front_keys, front_values, torch.stack(valid)[index]
+        if rows[0] is None:
+            keys, values = joined(found[0], batch, like.dtype)
+            return cls(keys, values, None, strength(found[0], batch, like.dtype))
+        longest = max(sum(b.length for b in blocks) for blocks in found)
+        empty = like.new_zeros(batch, like.shape[1], longest, like.shape[3])
+        front = cls(empty, empty, torch.zeros(batch, longest, dtype=torch.bool, device=like.device))
+        for blocks, mine in zip(found, rows):
+            if blocks and mine is not None:
+                front = front.with_rows(blocks, mine)
+        return front
+
+    def with_rows(self, blocks: tuple[MemoryBlock, ...], mine: Tensor) -> Front:
+        """The blocks of one expression written to its rows, at the end of the positions."""
+        assert self.valid is not None
+        count, longest = len(mine), self.keys.shape[2]
+        keys, values = joined(blocks, count, self.keys.dtype)
+        missing = longest - keys.shape[2]
+        put = [old.index_copy(0, mine, F.pad(new, (0, 0, missing, 0))) for old, new in ((self.keys, keys), (self.values, values))]
+        there = (torch.arange(longest, device=mine.device) >= missing).expand(count, longest)
+        gate, strengths = self.gate, strength(blocks, count, self.keys.dtype)
+        if strengths is not None:
+            gate = keys.new_zeros(len(self.keys)) if gate is None else gate
+            gate = gate.index_copy(0, mine, strengths)
+        return Front(put[0], put[1], self.valid.index_copy(0, mine, there), gate)
+
+    def attend(self, query: Tensor, scale: float) -> Tensor:
+        """gate * softmax(q K^T) V over these positions alone, [B, T, H, d]."""
+        assert self.gate is not None
+        mask = None
+        if self.valid is not None:  # a row without any has gate 0: let it look at all
+            mask = (self.valid | ~self.valid.any(1, keepdim=True))[:, None, None, :]
+        groups = query.shape[1] // self.keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, 1) for t in (self.keys, self.values))
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+        return (out * self.gate[:, None, None, None]).transpose(1, 2)
 
 
-def gather(blocks: Sequence[MemoryBlock], like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """All blocks as one pair of tensors, in the dtype of the keys."""
-    if not blocks:
-        return None
-    keys = torch.cat([b.keys for b in blocks], -2) if len(blocks) > 1 else blocks[0].keys
-    values = torch.cat([b.values for b in blocks], -2) if len(blocks) > 1 else blocks[0].values
-    return keys.to(like.dtype), values.to(like.dtype)
+def joined(blocks: Sequence[MemoryBlock], batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All blocks as one pair of tensors [batch, H_kv, P, d]."""
+
+    def whole(tensor: Tensor) -> Tensor:
+        return (tensor if tensor.dim() == 4 else tensor.expand(batch, *tensor.shape)).to(dtype)
+
+    keys, values = [whole(b.keys) for b in blocks], [whole(b.values) for b in blocks]
+    return (keys[0], values[0]) if len(blocks) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
+
+
+def strength(blocks: Sequence[MemoryBlock], batch: int, dtype: torch.dtype) -> Tensor | None:
+    """The gate of a block with its own softmax, [batch]."""
+    gate = blocks[0].gate
+    return None if gate is None else gate.to(dtype).expand(batch)
 
 
 def eager_of(module: nn.Module) -> Callable[..., Any]:
@@ -137,12 +212,18 @@ def attention(base: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         run = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else eager_of(module)
+        apart: list[Front] = []
+        bare = (key, value)
         for socket in module._modules.values():
-            found = socket.prefix(query, key) if isinstance(socket, MemorySocket) else None
-            if found is None:
+            if not isinstance(socket, MemorySocket):
                 continue
-            front_k, front_v, valid = found
-            count = front_k.shape[2]
+            if thread() in socket.caught:
+                socket.caught[thread()] = bare
+            front, own = socket.fronts(key)
+            apart += own
+            if front is None:
+                continue
+            valid, count = front.valid, front.keys.shape[2]
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
             if attention_mask is None and (causal or valid is not None):
                 attention_mask = plain_mask(query, key, causal, additive=base == "eager")
@@ -150,15 +231,19 @@ def attention(base: str) -> Callable[..., Any]:
                 attention_mask = widen(attention_mask[..., : key.shape[2]], count, valid)
             if position_bias is not None:
                 position_bias = torch.cat([position_bias.new_zeros(*position_bias.shape[:-1], count), position_bias], -1)
-            key = torch.cat([front_k, key], 2)
-            value = torch.cat([front_v, value], 2)
+            key = torch.cat([front.keys, key], 2)
+            value = torch.cat([front.values, value], 2)
             if base != "eager":
                 is_causal = False
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
-        return run(module, query, key, value, attention_mask, **kwargs)
+        result = run(module, query, key, value, attention_mask, **kwargs)
+        if not apart:
+            return result
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return (result[0] + sum(front.attend(query, scale) for front in apart), *result[1:])
 
     return attend
 

@@ -10,13 +10,21 @@ import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from intarsia.compose import Expr, names
 from intarsia.errors import CompositionError
+from intarsia.sites.address import Site
+
+if TYPE_CHECKING:
+    from intarsia.host.given import Given
+
+DROP = "drop_layers"
+"""Key of the context: how many of the lowest blocks of each stack run without modules (AdapterDrop)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +54,11 @@ class Call:
     ) -> Call:
         return cls(exprs, rows, head, dict(context or {}), frozenset().union(*(names(e) for e in exprs)))
 
+    def drops(self, site: Site) -> bool:
+        """Whether modules are left out at a site for this call."""
+        count = self.context.get(DROP, 0)
+        return bool(count) and site.layer is not None and site.layer < count
+
     def index(self, size: int, device: torch.device) -> Tensor:
         """Expression number for each of `size` rows, [size].
 
@@ -66,11 +79,16 @@ class State:
     def __init__(self, tag: int) -> None:
         self.tag = tag
         self.rest: Call | None = None
-        self.masks: dict[int, Tensor | None] = {}
         self.sizes: dict[int, int] = {}
+        self.given: dict[int, dict[str, Given]] = {}
+        self.kept: WeakKeyDictionary[Any, dict[tuple[int, int, int], Tensor]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "masks": {}, "sizes": {}}
+        return {**self.__dict__, "sizes": {}, "given": {}, "kept": WeakKeyDictionary()}
+
+    def noted(self) -> Mapping[str, Given]:
+        """What the stacks of this thread's forward were given, by the name of the stack (`logits`: the model itself)."""
+        return self.given.get(thread(), {})
 
     def current(self) -> Call | None:
         """The call of this thread's `using`, or the resting one."""

@@ -11,8 +11,10 @@ from transformers.utils.generic import ModelOutput
 from intarsia.compose import LOGITS
 from intarsia.errors import CompositionError
 from intarsia.host.call import Call, Child, State, thread
+from intarsia.host.given import Given, flat, rows_of
 from intarsia.host.replay import Pinned
-from intarsia.host.seen import View, bool_mask
+from intarsia.host.seen import View
+from intarsia.host.sequence import bind
 from intarsia.host.socket import Slot, SlotAt
 from intarsia.sites.address import Site
 
@@ -82,13 +84,14 @@ class Root(Child):
         if call is None:
             return
         if call.rows is not None:
-            self.state.sizes[thread()] = batch_size(args, kwargs)
+            self.state.sizes[thread()] = rows_of(dict(enumerate(args)) | kwargs)
         if not self.active(call):
             return
-        mask = kwargs.get("decoder_attention_mask" if self.decoder else "attention_mask")
-        if mask is None and not self.decoder and len(args) > 1 and isinstance(args[1], Tensor):
-            mask = args[1]
-        self.state.masks[thread()] = bool_mask(mask)
+        given = {**bind(module, args), **kwargs}
+        front = "decoder_" if self.decoder else ""
+        mask, ids = given.get(f"{front}attention_mask"), given.get(f"{front}input_ids")
+        note = Given(rows=rows_of(given), stack=module, mask=flat(mask), ids=ids)
+        self.state.given.setdefault(thread(), {})["logits"] = note
 
     def note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook on the stack whose states feed heads, when that is not the model itself."""
@@ -98,7 +101,7 @@ class Root(Child):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook (also after an exception): the head's logits take the place of the model's."""
-        mask = self.state.masks.pop(thread(), None)
+        given = self.state.given.pop(thread(), {})
         states = self.states.pop(thread(), None)
         self.state.sizes.pop(thread(), None)
         call = self.state.current()
@@ -109,7 +112,7 @@ class Root(Child):
         if states is None:
             states = output["last_hidden_state"]
         weight = None if self.embedding is None else self.embedding.weight
-        seen = View(self.slot.site, call, input=states, mask=mask, embedding=weight)  # type: ignore[arg-type]
+        seen = View(self.slot.site, call, input=states, given=given, embedding=weight)  # type: ignore[arg-type]
         logits = self._logits(call, seen, states, output.get("logits"))
         if logits is not None:
             output["logits"] = logits
@@ -124,7 +127,7 @@ class Root(Child):
             mine = (index == number).nonzero()[:, 0]
             if not len(mine):
                 continue
-            value = expression.run(None, SlotAt(self.slot, seen.of_rows(mine), LOGITS))
+            value = expression.run(None, SlotAt(self.slot, seen.of_rows(mine, len(states), number), LOGITS))
             if value is None:
                 if own is None:
                     raise CompositionError(f"{expression} has no head, and neither has the model: its rows have no logits")
@@ -135,11 +138,3 @@ class Root(Child):
         if len({tuple(r.shape) for r in found}) == 1:
             return torch.stack(found)
         return tuple(found)
-
-
-def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of the batch a model was given."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return value.shape[0]
-    return 1

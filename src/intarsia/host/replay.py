@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from intarsia.host.call import CALLS, State
+from intarsia.host.call import CALLS, State, thread
 
 
 class Pinned:
@@ -30,15 +30,22 @@ class Pinned:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self.state.current()
         state = self.state
+        given = dict(state.noted())
 
         def run(*inner: Any, **named: Any) -> Any:
             if call is None:
                 return function(*inner, **named)
             token = CALLS.set({**CALLS.get(), state: call})
+            before = state.given.get(thread())
+            state.given[thread()] = given
             try:
                 return function(*inner, **named)
             finally:
                 CALLS.reset(token)
+                if before is None:
+                    state.given.pop(thread(), None)
+                else:
+                    state.given[thread()] = before
 
         original = self.original
         if isinstance(original, Pinned):  # another host on the same model: both pin

@@ -47,12 +47,14 @@ class SequenceSocket(Child):
         self.slot = Slot(site)
         self.__dict__["keep"] = keep
         self.__dict__["running"] = {}
+        self.__dict__["counts"] = {}
 
     keep: bool
     running: dict[int, tuple[int, int, str]]
+    counts: dict[int, int]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": {}}
+        return {**self.__dict__, "running": {}, "counts": {}}
 
     @property
     def names(self) -> set[str]:
@@ -90,6 +92,7 @@ class SequenceSocket(Child):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook with keywords."""
         self.running.pop(thread(), None)
+        self.counts.pop(thread(), None)
         call = self.state.current()
         if call is None or not self.active(call):
             return None
@@ -103,7 +106,7 @@ class SequenceSocket(Child):
         if found is None:
             return (), kwargs
         prompt, where = found
-        count = prompt.shape[1]
+        count = self.counts[thread()] = prompt.shape[1]
         past = next((kwargs[k] for k in CACHE_NAMES if kwargs.get(k) is not None), None)
         first = past is None or past.get_seq_length() == 0
         mask = kwargs.get("attention_mask")

@@ -5,6 +5,7 @@ Sources are given per row; where paper and released code differ the docstring sa
 
 from __future__ import annotations
 
+from intarsia.methods.insertion import Insertion
 from intarsia.methods.method import Method, Patch, Policy, row
 from intarsia.patches import (
     Add,
@@ -96,11 +97,18 @@ def houlsby(
     norms: bool = True,
     init: str = "houlsby",
     layers: str | None = None,
+    insertion: str = "sequential",
+    at: str = "attn, ffn",
+    scale: float = 1.0,
+    learn_scale: bool = False,
+    norm: str = "none",
+    residual: str = "self",
+    dropout: float = 0.0,
 ) -> Method:
     """Two serial adapters per layer; layer norms are trained along (`norms`), as in the paper (initial std 1e-2)."""
-    form = Bottleneck(width, reduction, activation, "self", init=init)
-    patch = Patch("adapter", "attn, ffn", form, layers=layers)
-    return Method("houlsby", (patch, norm_patch()) if norms else (patch,), Policy(learning_rate=3e-4))
+    form = Bottleneck(width, reduction, activation, "self", init=init, dropout=dropout)
+    patches = Insertion(insertion, at, scale, learn_scale, norm, residual, layers).patches(form)
+    return Method("houlsby", (*patches, norm_patch()) if norms else patches, Policy(learning_rate=3e-4))
 
 
 @row("pfeiffer", equation="h' = h + U relu(D LN(h + x) + b) + c after the FFN", source="Pfeiffer et al. 2020, arXiv 2005.00052")
@@ -110,10 +118,18 @@ def pfeiffer(
     activation: str = "relu",
     init: str = "bert",
     layers: str | None = None,
+    insertion: str = "sequential",
+    at: str = "ffn",
+    scale: float = 1.0,
+    learn_scale: bool = False,
+    norm: str = "none",
+    residual: str = "self",
+    dropout: float = 0.0,
 ) -> Method:
     """One adapter per layer that reads the FFN's add-and-norm and writes before it."""
-    form = Bottleneck(width, reduction, activation, "normed", init=init)
-    return Method("pfeiffer", (Patch("adapter", "ffn", form, layers=layers),), Policy(learning_rate=5e-4))
+    form = Bottleneck(width, reduction, activation, "normed", init=init, dropout=dropout)
+    patches = Insertion(insertion, at, scale, learn_scale, norm, residual, layers).patches(form)
+    return Method("pfeiffer", patches, Policy(learning_rate=5e-4))
 
 
 @row("parallel", equation="h' = h + s (U relu(D x + b) + c) beside the FFN", source="He et al. 2021, arXiv 2110.04366")
@@ -124,25 +140,51 @@ def parallel(
     at: str = "ffn",
     activation: str = "relu",
     layers: str | None = None,
+    insertion: str = "parallel",
+    learn_scale: bool = False,
+    norm: str = "none",
+    residual: str = "self",
+    dropout: float = 0.0,
 ) -> Method:
     """Scaled parallel adapter: reads what the sub-layer reads, adds to what it writes."""
-    form = Bottleneck(width, reduction, activation, "reads", init="kaiming", zero_up=True)
-    return Method("parallel", (Patch("adapter", at, form, Add(scale), layers=layers),), Policy(learning_rate=5e-4))
+    form = Bottleneck(width, reduction, activation, "self", init="kaiming", zero_up=True, dropout=dropout)
+    patches = Insertion(insertion, at, scale, learn_scale, norm, residual, layers).patches(form)
+    return Method("parallel", patches, Policy(learning_rate=5e-4))
 
 
 @row("prompt", equation="[P; E(x)]", source="Lester et al. 2021, arXiv 2104.08691")
-def prompt(length: int = 20, init: str = "vocabulary", where: str = "auto", ids: tuple[int, ...] = ()) -> Method:
-    """Trained embeddings in the token sequence (of the encoder, in models with two stacks)."""
-    form = Tokens(length, where, init, ids=ids)  # type: ignore[arg-type]
+def prompt(
+    length: int = 20,
+    init: str = "vocabulary",
+    where: str = "auto",
+    ids: tuple[int, ...] = (),
+    groups: tuple[tuple[int, ...], ...] = (),
+) -> Method:
+    """Trained embeddings in the token sequence (of the encoder, in models with two stacks).
+
+    They start from drawn rows of the vocabulary, from the pieces of a text (`init="ids"`), or from the labels
+    (`init="groups"`: one group of token ids per label, whose rows are averaged).
+    """
+    form = Tokens(length, where, init, ids=ids, groups=tuple(map(tuple, groups)))  # type: ignore[arg-type]
     return Method("prompt", (Patch("prompt", "seq", form, Concat(), port="seq"),), Policy(learning_rate=1e-2))
 
 
 @row("prefix", equation="Attn(q, [P_k; K], [P_v; V]) in every layer", source="Li & Liang 2021, arXiv 2101.00190")
 def prefix(
-    length: int = 30, reparameterise: int | None = 512, dropout: float = 0.0, layers: str | None = None
+    length: int = 30,
+    reparameterise: int | None = 512,
+    dropout: float = 0.0,
+    layers: str | None = None,
+    init: str = "unit",
+    ids: tuple[int, ...] = (),
+    mix: str = "shared",
 ) -> Method:
-    """Trained keys and values for every attention; the generating network is flattened after training."""
-    form = Attend(length, reparameterise, dropout)
+    """Trained keys and values for every attention; the generating network is flattened after training.
+
+    `init="activations"` with the token ids of a text starts from the base's own keys and values of that text;
+    `mix="zero_gate"` gives the prefix a softmax of its own, gated from zero (a fresh module is the base).
+    """
+    form = Attend(length, reparameterise, dropout, init, mix, ids)  # type: ignore[arg-type]
     patch = Patch("prefix", "{attn,xattn}.mem", form, Concat(), port="mem", layers=layers)
     rate = 1e-3 if reparameterise else 5e-3
     return Method("prefix", (patch,), Policy(learning_rate=rate, flatten=True))

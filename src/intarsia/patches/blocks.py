@@ -10,23 +10,36 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from intarsia.errors import CompositionError
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryBlock:
-    """keys, values: [H_kv, P, d_head] (the same for every row) or [B, H_kv, P, d_head]."""
+    """keys, values: [H_kv, P, d_head] (the same for every row) or [B, H_kv, P, d_head].
+
+    Attributes:
+        gate: [1], strength of a block that has a softmax of its own (Zhang et al. 2023, arXiv 2303.16199); None for one
+            that shares the attention's.
+    """
 
     keys: Tensor
     values: Tensor
+    gate: Tensor | None = None
 
     @property
     def length(self) -> int:
         return self.keys.shape[-2]
 
     def scaled(self, weight: float) -> MemoryBlock:
-        return MemoryBlock(self.keys * weight, self.values * weight)
+        return MemoryBlock(self.keys * weight, self.values * weight, None if self.gate is None else self.gate * weight)
 
     def __add__(self, other: MemoryBlock) -> MemoryBlock:
-        return MemoryBlock(self.keys + other.keys, self.values + other.values)
+        if (self.gate is None) != (other.gate is None):
+            raise CompositionError(
+                "a prefix with its own softmax and one that shares the attention's cannot be mixed; put one after the other: a >> b"
+            )
+        gate = None if self.gate is None or other.gate is None else self.gate + other.gate
+        return MemoryBlock(self.keys + other.keys, self.values + other.values, gate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,10 +128,11 @@ def matches(pattern: str, name: str) -> bool:
     all blocks), `**` for any number of words, `{a,b}` for alternatives; a comma at top level separates patterns.
     """
     words = name.split(".")
-    return any(_segments_match(["**", *p.strip().split(".")], words) for q in _split_top(pattern) for p in expand_braces(q))
+    return any(_segments_match(["**", *p.strip().split(".")], words) for q in split_top(pattern) for p in expand_braces(q))
 
 
-def _split_top(pattern: str) -> list[str]:
+def split_top(pattern: str) -> list[str]:
+    """The patterns that commas outside braces separate."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(pattern):
         depth += (c == "{") - (c == "}")
@@ -256,7 +257,7 @@ class SiteMap(Mapping[str, Site]):
         ]
         if not hits:
             for family, reason in self.missing.items():
-                if any(matches(p, f"0.{family}") or matches(p, family) for p in _split_top(pattern)):
+                if any(matches(p, f"0.{family}") or matches(p, family) for p in split_top(pattern)):
                     raise SiteError(f"{self.model} has no {family!r} sites: {reason}")
             plain = [n for n in self._sites if port is None or self._sites[n].port == port]
             tails = {".".join(w for w in n.split(".") if not w.isdigit()) for n in plain}
