@@ -21,11 +21,64 @@ SMALL: dict[str, dict[str, Any]] = {
     "prompt": {"length": 3},
     "prefix": {"length": 3, "reparameterise": 8},
     "freeze_k": {"k": 1},
+    # soft prompts and the adapter family
+    "p_tuning": {"length": 3},
+    "p_tuning_v2": {"length": 3},
+    "llama_adapter": {"length": 3},
+    "mh_parallel": {"width": 4},
+    "adapterdrop": {"lowest": 1, "reduction": 4},
+    "phm_adapter": {"width": 8, "n": 4},
+    "compacter": {"width": 8},
+    "compacter_pp": {"width": 8},
+    "adapter_lowrank": {"width": 4},
+    "hyperformer": {"width": 4, "embedding": 8},
+    "hyperformer_pp": {"width": 4, "embedding": 8, "hidden": 8},
+    "loreft": {"rank": 2, "first": 2, "last": 2},
+    "noreft": {"rank": 2, "first": 2, "last": 2, "tied": False},
+    "direft": {"rank": 2, "first": 2, "last": 2},
+    "mam": {"length": 3, "reparameterise": 8, "width": 4},
+    "unipelt": {"length": 3, "reparameterise": 8, "reduction": 4, "rank": 2},
+    "perfect": {"reduction": 8},
+    # low rank
+    "rslora": {"rank": 4},
+    "lora_plus": {"rank": 4},
+    "lora_fa": {"rank": 4},
+    "miss": {"rank": 4},
+    "dora": {"rank": 4},
+    "pissa": {"rank": 4},
+    "adalora": {"rank": 4, "target": 2},
+    "hira": {"rank": 4},
+    "loha": {"rank": 3, "alpha": 3.0},
+    "lokr": {"rank": 1, "limit": 4, "alpha": 1.0},
+    "gralora": {"rank": 4, "alpha": 4.0},
+    # subspaces
+    "vera": {"rank": 8},
+    "lora_xs": {"rank": 4, "alpha": 4.0},
+    "svft": {"width": 1},
+    "fourierft": {"count": 10, "alpha": 10.0},
+    "c3a": {"block": 8},
+    "intrinsic": {"dimension": 20},
+    "said": {"dimension": 400},
+    # rotations
+    "oft": {"block": 8},
+    "boft": {"block": 4, "factors": 2},
+    "hra": {"count": 4},
+    "road": {"group": 8},
 }
+_LOW_RANK = ("rslora", "lora_plus", "lora_fa", "miss", "dora", "pissa", "adalora", "hira", "loha", "lokr", "gralora")
+_SUBSPACE = ("vera", "svft", "intrinsic", "said")
+_ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "adapter_lowrank", "hyperformer", "hyperformer_pp", "perfect")
 #: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
-EXACT = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel")
-NEAR = ("houlsby", "pfeiffer")
-FOLDABLE = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3")
+EXACT = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, "oft", "boft", "road", "mh_parallel", "llama_adapter")
+NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "c3a", "lora_xs", "hra")
+FOLDABLE = (
+    "full", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
+)  # fmt: skip
+#: methods that touch every parameter, those computed once for all rows among them
+EVERYWHERE = ("full", "intrinsic", "said")
+#: methods that add tokens to the sequence, and methods that add keys and values
+TOKENS = ("prompt", "p_tuning")
+MEMORY = ("prefix", "p_tuning_v2", "llama_adapter", "mam", "unipelt")
 BIAS_FREE = ("llama", "llama-tied", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "t5", "mt5")
 NO_MEMORY = ("deberta-v2", "deberta-v3", "bloom", "xglm")
 NO_TOKENS = ("speech_to_text", "whisper")
@@ -44,8 +97,8 @@ def small(name: str, family: str = "") -> Method:
 def lacks(family: str, name: str) -> bool:
     """Whether a family has no port for a method (it must then refuse)."""
     return (
-        (name == "prefix" and family in NO_MEMORY)
-        or (name == "prompt" and family in NO_TOKENS)
+        (name in MEMORY and family in NO_MEMORY)
+        or (name in TOKENS and family in NO_TOKENS)
         or (name == "ia3" and family == "mixtral")
     )
 

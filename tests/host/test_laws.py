@@ -60,14 +60,14 @@ def test_laws(family: str, method: str, tmp_path) -> None:  # type: ignore[no-un
         with host.using(["b", "a"]):
             rows = kit.run(model, inputs)
         assert torch.allclose(rows[0], b[0], atol=1e-4) and torch.allclose(rows[1], a[1], atol=1e-4)
-        if method != "prompt" and not (method == "head" and "ForSequence" not in type(model).__name__):
+        if method not in kit.TOKENS and not (method == "head" and "ForSequence" not in type(model).__name__):
             with host.using(["base", "a"]):
                 rows = kit.run(model, inputs)
             if method != "head":
                 assert torch.allclose(rows[0], bare[0], atol=1e-4) and torch.allclose(rows[1], a[1], atol=1e-4)
     except CompositionError as refusal:
         assert "row" in str(refusal)
-        assert family.startswith("deberta") or method in ("full", "prompt"), f"{family} {method}: {refusal}"
+        assert family.startswith("deberta") or method in (*kit.EVERYWHERE, *kit.TOKENS), f"{family} {method}: {refusal}"
 
     # gradients reach all and only the module's tensors
     with host.using("a"):
