@@ -39,8 +39,9 @@ from intarsia.host.sequence import DecoderMask, SequenceSocket
 from intarsia.host.socket import Slot, Socket, Tap, key_of
 from intarsia.host.weights import WeightSocket, slot_key
 from intarsia.methods import Method
+from intarsia.methods.method import side
 from intarsia.modules import Card, Module, check_name
-from intarsia.patches import Delta
+from intarsia.patches import Delta, Form
 from intarsia.patches.delta import reads_call
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.anatomy import Anatomy
@@ -165,13 +166,29 @@ class Host:
         return self._entry(name).built.deltas
 
     def tagged(self, name: str) -> dict[str, dict[str, nn.Parameter]]:
-        """A module's parameters by the tag of their patch (`""` for the main group): for learning-rate groups."""
+        """A module's parameters by the tag of their patch (`""` for the main group), or by tag and side of their factor
+        where the method's policy names that: for learning-rate groups."""
         tags = {p.name: p.tag for p in self.method(name).patches}
+        named = {group.tag for group in self.method(name).policy.groups}
         groups: dict[str, dict[str, nn.Parameter]] = {}
         for key, parameter in self.parameters(name).items():
             patch = key.split("/", 1)[1].split(".", 1)[0]
-            groups.setdefault(tags.get(patch, ""), {})[key] = parameter
+            tag = tags.get(patch, "")
+            sided = f"{tag}:{side(key, parameter.dim())}"
+            groups.setdefault(sided if sided in named else tag, {})[key] = parameter
         return groups
+
+    def penalty(self, name: str) -> Tensor | None:
+        """What a module's method adds to the loss as things stand; None if it adds nothing."""
+        built = self._entry(name).built
+        parts = [*(delta.form for _, deltas in built.deltas for delta in deltas), *built.shared.values()]
+        terms = [term.loss(parts) for term in self.method(name).policy.penalties]
+        found = [term for term in terms if term is not None]
+        return torch.stack(found).sum() if found else None
+
+    def forms(self, name: str) -> dict[str, Form]:
+        """A module's forms by `<site>/<patch>`, in model order."""
+        return {f"{site.name}/{d.name}": d.form for site, deltas in self.deltas(name) for d in deltas}
 
     def count(self, method: Method) -> int:
         """Exact number of trainable parameters of a method on this model, built on the meta device."""

@@ -7,16 +7,20 @@ neighbours, registered in `METHODS`; each is a few lines that fill in a `Method`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from random import Random
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 from intarsia._codec import register
 from intarsia._registry import Registry
 from intarsia.errors import SpecError, listing, nearest
-from intarsia.patches import Add, FormSpec, Head, LanguageModelHead, OpSpec
+from intarsia.patches import Add, FormSpec, Gated, Head, LanguageModelHead, Mul, MultiMaskLabels, OpSpec
 
 PortName = Literal["out", "in", "weight", "mem", "seq", "logits"]
+HeadSpec = Head | LanguageModelHead | MultiMaskLabels
 
 
 @register("patch")
@@ -42,15 +46,59 @@ class Patch:
     tag: str = ""
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.op, Mul) and isinstance(self.form, Gated):
+            raise SpecError(
+                f"patch {self.name!r}: a gate weighs what is added, and a closed one would make zero of what Mul multiplies; "
+                "gate it under Gain (h + h * value) or Add"
+            )
+
 
 @register("group")
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Learning-rate factor and weight decay for the parameters of patches with a tag."""
+    """Learning-rate factor and weight decay for some of the parameters.
+
+    Attributes:
+        tag: of the patches it concerns; `tag:in` or `tag:out` (with an empty tag `:in`, `:out`) for one side of their
+            factors only, see `side`.
+        rate: multiplies the learning rate of the main group.
+        decay: weight decay, None for that of the main group.
+    """
 
     tag: str
     rate: float = 1.0
     decay: float | None = None
+
+
+def side(name: str, dimensions: int) -> str:
+    """The side of a factor that a tensor is on, by its name: `in` (what reads), `out` (what writes, and every vector), or none."""
+    words = name.split("/")[-1].split(".")
+    if "down" in words and dimensions > 1:
+        return "in"
+    return "out" if "up" in words or dimensions < 2 else ""
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """A term of the loss that a method contributes: a frozen, registered dataclass."""
+
+    def loss(self, parts: Sequence[nn.Module]) -> Tensor | None:
+        """The term, already weighted, for the forms of a module and its tied parts; None if none of them concerns it."""
+
+
+@runtime_checkable
+class StepRule(Protocol):
+    """What a method does to its tensors between optimiser steps: a frozen, registered dataclass."""
+
+    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor]) -> None:
+        """Called after every optimiser step, before gradients are cleared.
+
+        Args:
+            step: of `total`, counted from 1.
+            parts: the module's forms by `<site>/<patch>`, in model order.
+            memory: what the rule remembers; kept with the checkpoint.
+        """
 
 
 @register("policy")
@@ -63,12 +111,26 @@ class Policy:
         decay: weight decay of the main group; 0 for methods that must not be pulled to zero, such as (IA)^3.
         groups: overrides per tag.
         flatten: export reparametrised tensors to plain ones when training ends.
+        penalties: terms added to the task's loss, see `Host.penalty`.
+        steps: what is done between optimiser steps.
+        drop_layers: at every training step the lowest n ~ U{0 ... drop_layers} layers run without modules, i.e. with
+            `drop_layers=n` in the call's context (AdapterDrop); see `dropped_layers`.
     """
 
     learning_rate: float = 5e-4
     decay: float = 0.0
     groups: tuple[Group, ...] = ()
     flatten: bool = False
+    penalties: tuple[Penalty, ...] = ()
+    steps: tuple[StepRule, ...] = ()
+    drop_layers: int = 0
+
+
+def dropped_layers(policy: Policy, seed: int, step: int) -> dict[str, int]:
+    """What a training step adds to the call's context; the same for a seed and a step, so that a resumed run repeats it."""
+    if not policy.drop_layers:
+        return {}
+    return {"drop_layers": Random(f"{seed}:{step}").randint(0, policy.drop_layers)}
 
 
 @register("method")
@@ -97,11 +159,11 @@ class Method:
                 raise SpecError(f"patch name {name!r} of method {self.name!r} must be an identifier")
 
     @property
-    def head(self) -> Head | LanguageModelHead | None:
+    def head(self) -> HeadSpec | None:
         """The head among the patches, if any."""
-        return next((p.form for p in self.patches if isinstance(p.form, Head | LanguageModelHead)), None)
+        return next((p.form for p in self.patches if isinstance(p.form, HeadSpec)), None)
 
-    def with_head(self, head: Head | LanguageModelHead) -> Method:
+    def with_head(self, head: HeadSpec) -> Method:
         """The same method with new outputs; their parameters have the tag `head`."""
         if self.head is not None:
             raise SpecError(f"method {self.name!r} already has a head: {self.head}")
@@ -112,7 +174,7 @@ class Method:
         return replace(self, patches=tuple(p for p in self.patches if p.port != "logits"))
 
 
-def head_patch(head: Head | LanguageModelHead) -> Patch:
+def head_patch(head: HeadSpec) -> Patch:
     """The patch that puts a head on the model's final hidden states."""
     from intarsia.patches import Replace
 

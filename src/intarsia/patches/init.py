@@ -81,5 +81,6 @@ for _name, _fill in {
     "houlsby": truncated(1e-2),
     "unit": normal(1.0),
     "tiny": normal(1e-5),
+    "loha": normal(0.1),
 }.items():
     INITS.add(_name, _fill)
