@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intarsia.errors import CompositionError, DataError
 from intarsia.methods import build
-from intarsia.train import evaluate, predict
+from intarsia.train.evaluation import Evaluation, evaluate
 from intarsia.train.run import collapsed
 from intarsia.train.task import Prediction
 from tests.train import make
-from tests.train.test_resume import Notes
 
 
 def moved_host() -> tuple[Any, Any]:
@@ -25,11 +23,15 @@ def moved_host() -> tuple[Any, Any]:
     return host, task
 
 
+def run(host: Any, task: Any, expression: str, data: Any, **more: Any) -> Evaluation:
+    return evaluate(host, expression, task, data, task.features(data), **more)
+
+
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_batches_change_no_answer(size: int) -> None:
     host, task = moved_host()
     data = make.table(20)
-    found = predict(host, "m", task, data, batch_size=size)
+    found = run(host, task, "m", data, batch_size=size).predictions
     assert [p.row for p in found] == list(range(20))
     with torch.no_grad(), host.using("m") as model:
         for prediction, feature in zip(found, task.features(data)):
@@ -38,11 +40,10 @@ def test_batches_change_no_answer(size: int) -> None:
     assert len({p.value for p in found}) > 1
 
 
-def test_evaluation_gives_predictions_scores_and_the_mean_loss() -> None:
+def test_scores_and_the_mean_loss() -> None:
     host, task = moved_host()
     data = make.table(20)
-    found = evaluate(host, "m", task, data, batch_size=6)
-    assert found.predictions == predict(host, "m", task, data)
+    found = run(host, task, "m", data, batch_size=6)
     assert found.scores == task.score(found.predictions, data)
     with torch.no_grad(), host.using("m") as model:
         losses = [
@@ -57,7 +58,7 @@ def test_modes_are_given_back_and_dropout_is_off() -> None:
     host.model.encoder.layer[0].eval()
     before = [module.training for module in host.model.modules()]
     data = make.table(12)
-    assert evaluate(host, "m", task, data).loss == evaluate(host, "m", task, data).loss
+    assert run(host, task, "m", data).loss == run(host, task, "m", data).loss
     assert [module.training for module in host.model.modules()] == before
     assert all(parameter.grad is None for parameter in host.model.parameters())
 
@@ -66,7 +67,7 @@ def test_masks_are_the_same_in_every_evaluation() -> None:
     host, task = make.host("mlm")
     task.epoch = 3
     data = make.table(12)
-    assert evaluate(host, "m", task, data).loss == evaluate(host, "m", task, data).loss
+    assert run(host, task, "m", data).loss == run(host, task, "m", data).loss
     assert {epoch for epoch, _ in task.collated} == {None} and task.epoch == 3
 
 
@@ -74,23 +75,20 @@ def test_the_head_that_answers_can_be_named() -> None:
     host, task = moved_host()
     host.add("second", build("lora").with_head(task.head))
     data = make.table(12)
-    with pytest.raises(CompositionError):
-        predict(host, "base", task, data, head="m")
-    assert [p.value for p in predict(host, "second >> m", task, data, head="m")] == [p.value for p in predict(host, "m", task, data)]
+    alone = run(host, task, "m", data).predictions
+    assert run(host, task, "second >> m", data, head="m").predictions == alone
+    assert run(host, task, "second >> m", data, head="second").predictions != alone
 
 
-def test_progress_and_nothing_to_do() -> None:
-    host, task = moved_host()
-    notes = Notes()
-    predict(host, "m", task, make.table(20), batch_size=8, progress=notes)
-    assert notes.texts == ["predict 0/3"]
+def test_a_task_may_ask_the_model_in_its_own_way() -> None:
+    class Generating(make.Classify):
+        def outputs(self, model: Any, batch: Any) -> Any:
+            logits = torch.zeros(len(batch["row"]), 3)
+            logits[:, 2] = 1.0
+            return {"logits": logits}
 
-    class Nothing(make.Classify):
-        def features(self, table: Any) -> Any:
-            return []
-
-    with pytest.raises(DataError, match="no examples: the table has 20 rows"):
-        predict(host, "m", Nothing(), make.table(20))
+    host, _ = moved_host()
+    assert {p.value for p in run(host, Generating(), "m", make.table(12)).predictions} == {"third"}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_last_step_of_one_row_counts_as_one_row(whole: dict[str, Any]) -> None
 def test_two_processes_change_nothing(whole: dict[str, Any], tmp_path: Path) -> None:
     jobs: dict[str, Any] = {kind: {"kind": kind, "batch_size": 16} for kind in KINDS}
     jobs["rest"] = {"kind": "tag", "batch_size": 16, "accumulation": 3, "rows": 17}
-    worker.launch(2, str(tmp_path / "out"), json.dumps(jobs))
+    worker.launch(2, "updates", str(tmp_path / "out"), json.dumps(jobs))
     first, second = (torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in (0, 1))
     for name in jobs:
         assert_same_update(first[name], whole[name])

@@ -1,9 +1,10 @@
-"""One of several processes of a training: `python -m tests.train.worker OUT JOB [SETTINGS]`, started by `launch`."""
+"""One of several processes of a training: `python -m tests.train.worker FUNCTION ARGUMENTS`, started by `launch`."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def launch(world: int, *arguments: str, timeout: float = 240) -> list[str]:
-    """Run `world` processes of this file that know each other; returns what each printed, fails if one failed."""
+def launch(world: int, *arguments: str, code: int = 0, timeout: float = 240) -> list[str]:
+    """Run `world` processes of this file that know each other; returns what each printed, fails if one ends otherwise than by `code`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,7 +35,7 @@ def launch(world: int, *arguments: str, timeout: float = 240) -> list[str]:
         for process in running:
             process.kill()
     for process, text in zip(running, found):
-        assert process.returncode == 0, text[-4000:]
+        assert process.returncode == code, (process.returncode, text[-4000:])
     return found
 
 
@@ -55,14 +56,34 @@ def update(kind: str, **settings: Any) -> dict[str, Any]:
     return {key: tensor - start[key] for key, tensor in result.module.tensors.items() if not torch.equal(tensor, start[key])}
 
 
-def main(out: str, jobs: str) -> None:
-    """Compute updates and write them (process 0)."""
+def updates(out: str, jobs: str) -> None:
+    """Updates by name, into a file per process."""
     import torch
 
-    torch.set_num_threads(1)
-    found = {name: update(**job) for name, job in json.loads(jobs).items()}
-    torch.save(found, f"{out}.{os.environ['RANK']}")
+    torch.save({name: update(**job) for name, job in json.loads(jobs).items()}, f"{out}.{os.environ['RANK']}")
+
+
+def run(folder: str, mode: str) -> None:
+    """A run of `test_resume`: `whole`, `stop` (a signal comes to the last process in step 4), `resume`, or `poisoned`."""
+    from intarsia.errors import IntarsiaError
+    from intarsia.train import train
+    from tests.train import make, test_loop, test_resume
+
+    last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    callbacks = [test_resume.SignalAfter(4, signal.SIGTERM)] if mode == "stop" and last else []
+    try:
+        if mode == "poisoned":
+            host, _ = make.host("classify")
+            train(host, "m", test_loop.Poisoned(), make.table(24), recipe=test_resume.RECIPE)
+        result = test_resume.run(Path(folder), callbacks=callbacks, resume=mode == "resume")
+    except IntarsiaError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        raise SystemExit(error.exit_code) from None
+    print(json.dumps({"digest": result.module.digest, "metrics": result.metrics, "steps": result.steps}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import torch
+
+    torch.set_num_threads(1)
+    {"updates": updates, "run": run}[sys.argv[1]](*sys.argv[2:])

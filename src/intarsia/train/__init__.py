@@ -1,4 +1,4 @@
-"""Training on the Hugging Face Trainer: recipes, checkpoints, exact resume, evaluation loops, configuration files.
+"""Training on the Hugging Face Trainer: recipes, checkpoints, exact resume, configuration files.
 
 Names are imported when they are asked for: reading a configuration needs no torch, describing a task no Trainer.
 """
@@ -12,9 +12,6 @@ _WHERE = {
     "Recipe": "recipe",
     "train": "loop",
     "Result": "loop",
-    "predict": "evaluation",
-    "evaluate": "evaluation",
-    "Evaluation": "evaluation",
     "Interrupted": "signals",
     "Progress": "progress",
     "reporter": "progress",

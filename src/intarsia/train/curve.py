@@ -55,7 +55,7 @@ def draw(history: Sequence[Mapping[str, Any]], metric: str, title: str) -> bytes
         lines += right.plot(steps, values, "s-", color="tab:red", label=f"dev {metric}", markersize=4)
         right.set_ylabel(metric)
     if lines:
-        left.legend(lines, [str(line.get_label()) for line in lines], loc="best")
+        figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside lower center", ncols=3)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

@@ -82,5 +82,5 @@ def _card(
 
 
 def _source(table: Table) -> DataSource:
-    files = dict.fromkeys(Path(file).name for file in table.files)
+    files = dict.fromkeys("/".join(Path(file).parts[-2:]) for file in table.files)  # a folder often names the language
     return DataSource("+".join(files) or "memory", sha256=table.digest, rows=len(table))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from intarsia._codec import encode
-from intarsia.compose import Expr, expr, names
+from intarsia.compose import Expr, Ref, expr, names
 from intarsia.data import Table
 from intarsia.errors import DataError, TrainingError, UsageError, listing, nearest
 from intarsia.host import Host
@@ -32,6 +32,7 @@ from intarsia.train import rng
 from intarsia.train.calibrate import calibrate
 from intarsia.train.checkpoint import Checkpoint
 from intarsia.train.describe import described
+from intarsia.train.evaluation import distributed
 from intarsia.train.frozen import Frozen, restored
 from intarsia.train.lock import locked
 from intarsia.train.progress import Progress, Quiet
@@ -109,7 +110,7 @@ def train(
     """
     recipe = recipe or Recipe()
     progress = progress or Quiet()
-    chosen = expr(name) if expression is None else expr(expression)
+    chosen: Expr = Ref(name) if expression is None else expr(expression)
     _check(host, name, task, chosen, recipe)
     folder = None if run_dir is None else Path(run_dir)
     if folder is None and resume:
@@ -123,6 +124,8 @@ def train(
             if finished is not None:
                 progress.note(f"{folder}: this run is finished; nothing to do")
                 return finished
+            if distributed():
+                torch.distributed.barrier()  # nobody writes before all have looked
         stack.enter_context(rng.kept())
         stack.enter_context(restored(host))
         stop = stack.enter_context(stopping())
@@ -195,6 +198,9 @@ def _train(
     from intarsia.train.order import Pieces
     from intarsia.train.trainer import ModuleTrainer, arguments
 
+    bind = getattr(task, "bind", None)
+    if bind is not None:
+        bind(host.model)  # what a task must know of the model that runs it (a decoder's own shift)
     features = _features(task, train_table, "training")
     notes = [f"training data: {_sentence(task.counts)}"]
     dev_features = None
@@ -222,7 +228,6 @@ def _train(
             calibrate(host, name, task, features, expression=expression, rows=recipe.calibration_rows, seed=recipe.seed,
                       batch_size=recipe.eval_batch_size)  # fmt: skip
         host.trainable(name)
-        rng.seed_all("train", recipe.seed, args.process_index)
         sizes = lengths(features, task.keys)
         order = Pieces(sizes, recipe.batch_size, recipe.accumulation, recipe.seed, recipe.group_by_length, args.process_index, args.world_size)
         frozen = Frozen(host, name)
@@ -230,6 +235,7 @@ def _train(
             host, name, task, Loader(task, features, order), recipe, args, expression=expression, head=run.head, watch=run,
             stop=stop, plan=plan, folder=folder, callbacks=callbacks,
         )  # fmt: skip
+        rng.seed_all("train", recipe.seed, args.process_index)  # the Trainer has seeded all processes alike
         record.write(status="running", trainable=run.trainable, total_steps=total)
         try:
             with _checkpointing(host.model, recipe.gradient_checkpointing):

@@ -129,8 +129,8 @@ class Run:
         step, metric = trainer.state.global_step, self.task.metric
         with rng.kept():
             found = evaluate(
-                self.host, self.expression, self.task, self.dev_table, head=self.head, batch_size=self.recipe.eval_batch_size,
-                features=self.dev_features,
+                self.host, self.expression, self.task, self.dev_table, self.dev_features or (), head=self.head,
+                batch_size=self.recipe.eval_batch_size,
             )  # fmt: skip
         metrics = {key: plain_score(score) for key, score in found.scores.items()}
         if metric not in metrics:

@@ -200,6 +200,7 @@ class ModuleTrainer(Trainer):
         """An accelerator that leaves the model where it is: `.to("cpu:0")` would copy a model on `cpu`."""
         super().create_accelerator_and_postprocess()
         self.accelerator.device_placement = False
+        self.accelerator.gradient_accumulation_steps = 1  # `backward` divides by it; earlier Trainers let it
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """It stays where the host has it."""
@@ -283,7 +284,7 @@ class ModuleTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's schedule, see `factor`."""
         if self.lr_scheduler is None:
-            warmup = round(self.recipe.warmup * num_training_steps)
+            warmup = min(round(self.recipe.warmup * num_training_steps), num_training_steps - 1)
             shape = partial(factor, warmup=warmup, total=num_training_steps, schedule=self.recipe.schedule)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, shape)
             self._created_lr_scheduler = True
@@ -335,6 +336,7 @@ class ModuleTrainer(Trainer):
     def resume(self, found: Checkpoint) -> Any:
         """Go on from a checkpoint whose module is already in place."""
         self.resumed = found
+        self.loader.set_epoch(found.step // self.loader.plan.steps_per_epoch)  # earlier Trainers lose it on skipping batches
         return self.train(resume_from_checkpoint=str(found.path))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
