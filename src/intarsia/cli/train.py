@@ -29,7 +29,7 @@ from intarsia.cli.options import (
     read_table,
     reading,
 )
-from intarsia.cli.running import Expression, ForceBase, Modules, module_files
+from intarsia.cli.running import ForceBase, Modules, module_files
 from intarsia.cli.verb import verb
 from intarsia.errors import StoreError, UsageError
 
@@ -61,6 +61,7 @@ HeadRate = Annotated[float | None, typer.Option("--head-lr", help="Learning rate
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Pieces per row; longer rows are cut or read in windows.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of initial values, order and dropout (0).")]
 Patience = Annotated[int | None, typer.Option("--patience", help="Stop after so many evaluations without a better dev metric.")]
+Expression = Annotated[str | None, typer.Option("--expr", help="What runs while training, e.g. 'swh >> ner'; else the new module alone.")]
 Force = Annotated[bool, typer.Option("--force", help="Train although the data check objects.")]
 
 
