@@ -84,7 +84,11 @@ class State:
         self.kept: WeakKeyDictionary[Any, dict[tuple[int, int, int], Tensor]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sizes": {}, "given": {}, "kept": WeakKeyDictionary()}
+        """A copy has run nothing yet."""
+        return {k: v for k, v in self.__dict__.items() if k != "kept"} | {"sizes": {}, "given": {}}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, kept=WeakKeyDictionary())
 
     def noted(self) -> Mapping[str, Given]:
         """What the stacks of this thread's forward were given, by the name of the stack (`logits`: the model itself)."""
