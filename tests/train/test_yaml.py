@@ -50,7 +50,8 @@ def test_keys_are_text() -> None:
         ("a: [1, 2", r"file:1:9"),
         ("a: 1\n---\nb: 2", r"document"),
         ("a:\n\t- b", r"file:2:1"),
-        ("[" * 2000, r"file"),
+        ("[" * 40 + "]" * 40, r"nested more than"),
+        ("[" * 600 + "]" * 600, r"nested too deeply"),
         ("a: " + "x" * strict_yaml.MAX_BYTES, r"at most"),
     ],
 )
