@@ -11,7 +11,14 @@ from intarsia.modules import load, save
 from tests import zoo
 from tests.host import kit
 
-PAIRS = [(f, m) for f in zoo.FAMILIES for m in kit.METHOD_NAMES]
+#: the ground floor runs everywhere in the fast suite, the other methods on one family per kind; `-m slow` runs the rest
+GROUND_FLOOR = ("full", "head", "freeze_k", "ln", "bitfit", "lora", "ia3", "houlsby", "pfeiffer", "parallel", "prompt", "prefix")
+KINDS = ("bert", "gpt2", "llama", "t5")
+PAIRS = [
+    pytest.param(f, m, marks=() if m in GROUND_FLOOR or f in KINDS else pytest.mark.slow)
+    for f in zoo.FAMILIES
+    for m in kit.METHOD_NAMES
+]
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)

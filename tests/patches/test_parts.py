@@ -93,7 +93,7 @@ def test_methods_are_data(name: str) -> None:
         (lambda: Tokens(init="ids"), "needs the token ids"),
         (lambda: Head(()), "at least one label"),
         (lambda: Head(("a", "a")), "must differ"),
-        (lambda: build("lroa"), "did you mean 'lora'"),
+        (lambda: build("lorra"), "did you mean 'lora'"),
         (lambda: build("lora", rnak=3), "did you mean 'rank'"),
         (lambda: Method("m", (Patch("p", "ffn", Const()), Patch("p", "attn", Const()))), "same name"),
         (lambda: build("head").with_head(Head(("a",))).with_head(Head(("b",))), "already has a head"),
