@@ -47,7 +47,7 @@ def test_columns_are_found_or_named(cli: Here, tmp_path: Path) -> None:
     assert shown["splits"][0]["labels"] == {"a": 1, "b": 1}
     named = cli("data", "check", str(path), "--text", "phrase", "--label", "category", "--json").ok().json
     assert named["splits"][0]["labels"] == shown["splits"][0]["labels"]
-    unlabelled = cli("data", "check", str(path), "--text", "phrase", "--json").ok().json
+    unlabelled = cli("data", "check", str(path), "--text", "phrase", "--label", "none", "--json").ok().json
     assert unlabelled["splits"][0]["labels"] is None
 
 

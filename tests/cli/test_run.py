@@ -97,7 +97,7 @@ def test_flags_win_over_the_file(cli: Here, room: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [("bse: x", "did you mean 'base'"), ("recipe: {epoch: 2}", "did you mean 'epochs'"), ("recipe: {epochs: two}", "found 'two'"),
-     ("task: clasify", "did you mean 'classify'"), ("method: lroa", "did you mean 'lora'"), ("read_settings: {colums: text}", "did you mean 'columns'"),
+     ("task: clasify", "did you mean 'classify'"), ("method: pfeifer", "did you mean 'pfeiffer'"), ("read_settings: {colums: text}", "did you mean 'columns'"),
      ("card: {licens: x}", "did you mean 'licence'")],
 )  # fmt: skip
 def test_unknown_keys_are_refused_with_a_suggestion(cli: Here, room: Path, text: str, says: str) -> None:
@@ -211,20 +211,20 @@ def test_tagging(cli: Here, room: Path) -> None:
 
 
 def test_interrupt_and_resume_give_the_uninterrupted_module(cli: Here, room: Path) -> None:
-    more = ("--max-steps", "400", "--recipe", "log_every=1", "--recipe", "save_every=1000", "--name", "long")
+    more = ("--max-steps", "200", "--recipe", "log_every=1", "--recipe", "save_every=1000", "--name", "long")
     whole = cli(*train_words(room, "whole", "--quiet", "--json", *more)).ok().json
     words = train_words(room, "parts", *more)
     child = subprocess.Popen([sys.executable, "-m", "intarsia", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     log = room / "parts" / "metrics.jsonl"
     end = time.monotonic() + 60
-    while time.monotonic() < end and not (log.exists() and log.read_text("utf-8").count("\n") >= 20):
+    while time.monotonic() < end and not (log.exists() and log.read_text("utf-8").count("\n") >= 5):
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
     assert f"intarsia train --resume {room / 'parts'}" in err and "Traceback" not in err
     told = cli("train", "--resume", str(room / "parts"), "--quiet", "--json").ok().json
-    assert told["digest"] == whole["digest"] and told["steps"] == 400
+    assert told["digest"] == whole["digest"] and told["steps"] == 200
     assert "no other options" in cli("train", "--resume", str(room / "parts"), "--epochs", "3").error(2)
     cli("train", "--resume", str(room / "nothing")).error(5)
 

@@ -83,7 +83,7 @@ def test_an_error_of_many_lines_becomes_one(cli: Here, monkeypatch: pytest.Monke
 
 
 def test_debug_shows_the_traceback(cli: Here) -> None:
-    result = cli("methods", "lra", "--debug")
+    result = cli("methods", "pfeifer", "--debug")
     assert result.code == 2 and "Traceback" in result.err and result.err.splitlines()[-1].startswith("error: unknown method")
 
 

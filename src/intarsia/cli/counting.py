@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from intarsia.errors import BaseError, SiteError, UsageError
+from intarsia.errors import BaseError, IntarsiaError, UsageError
 from intarsia.host import Host
 from intarsia.methods import Method
 from intarsia.patches import Head
@@ -47,7 +47,7 @@ class Counter:
         """(trainable parameters, why the model cannot have the method if it cannot)."""
         try:
             return self.host.count(method), ""
-        except SiteError as error:
+        except IntarsiaError as error:
             return None, str(error)
 
     @functools.cached_property
