@@ -67,7 +67,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 _LOW_RANK = ("rslora", "lora_plus", "lora_fa", "miss", "dora", "pissa", "adalora", "hira", "loha", "lokr", "gralora")
 _SUBSPACE = ("vera", "svft", "intrinsic", "said")
-_ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "adapter_lowrank", "hyperformer", "hyperformer_pp", "perfect")
+_ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "adapter_lowrank", "perfect")
 #: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
 EXACT = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, "oft", "boft", "road", "mh_parallel", "llama_adapter")
 NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "c3a", "lora_xs", "hra")

@@ -86,7 +86,7 @@ class Watch(Child):
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook (also after an exception): what is kept goes with the cache that the stack returns."""
         note = self.state.given.get(thread(), {}).pop(self.name, None)
-        cache = getattr(output, "past_key_values", None)
+        cache = next((found for k in CACHE_NAMES if (found := getattr(output, k, None)) is not None), None)
         if note is not None and note.kept and cache is not None:
             self.state.kept[cache] = note.kept
 
