@@ -21,12 +21,12 @@ def cost_quality(outcome: Outcome) -> bytes:
         axes.errorbar(t.trainable, 100 * t.test.value, yerr=[[low], [high]], fmt=MARKS[i % 6], color=COLOURS[i % 6], capsize=3, markersize=8,
                       label=f"{t.method}: {t.trainable:,}")  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.2)
+    axes.margins(x=0.1)
     axes.set_xlabel(f"trained parameters (the base has {outcome.parameters:,})")
     axes.set_ylabel("test accuracy, English (%)")
     axes.set_title("Cost against quality")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return _png(figure)
 
 
@@ -48,7 +48,7 @@ def languages(outcome: Outcome) -> bytes:
     axes.set_title("Trained on English only (* not among the languages of the base's vocabulary)")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, ncols=2, loc="lower left")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return _png(figure)
 
 
