@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -118,6 +119,7 @@ def make_folder(out: Path) -> Path:
 
 def load_base(plan: Plan, screen: Screen) -> bases.Base:
     """The base; the first use of an embedded one converts it, which takes a moment."""
+    screen.note(f"intarsia {version('intarsia')}: loading {plan.base}")
     fresh = any(info.name == plan.base and info.installed and info.cached is None for info in bases.list_bases())
     if fresh:
         screen.note(f"first use of {plan.base}: converting it into the cache, half a minute")
