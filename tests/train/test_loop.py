@@ -371,3 +371,12 @@ def test_curve_is_drawn_with_its_numbers(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [r["step"] for r in rows if r["dev_metric"]] == ["1", "2", "3"] and [r["step"] for r in rows if r["loss"]] == ["1", "3"]
     assert "MPLBACKEND" not in os.environ
+
+
+def test_the_host_knows_what_training_knows() -> None:
+    """`host.extract` after a training gives the result's module: same identity, same card, same task settings."""
+    host, task = make.host("classify")
+    result = train(host, "m", task, make.table(24), recipe=SHORT)
+    again = host.extract("m")
+    assert again.digest == result.module.digest and again.card == result.module.card
+    assert again.context["task"] == task.settings()

@@ -282,6 +282,21 @@ class Host:
             raise ModuleError(f"a module {name!r} is already on this host; remove it first or take another name")
         return name
 
+    def describe(
+        self,
+        name: str,
+        *,
+        context: Mapping[str, Any] | None = None,
+        requires: tuple[str, ...] | None = None,
+        card: Card | None = None,
+    ) -> Host:
+        """Say more of a module on this host; what is left out stays.  `extract` writes it into the value."""
+        entry = self._entry(name)
+        entry.context = entry.context if context is None else dict(context)
+        entry.requires = entry.requires if requires is None else tuple(requires)
+        entry.card = card or entry.card
+        return self
+
     def remove(self, name: str) -> Host:
         """Take a module off this host; the others stay."""
         self._entry(name)

@@ -367,6 +367,7 @@ def _finish(
     """Best tensors into place, the module as a value, and the record completed."""
     run.restore_best()
     module = described(host, name, task, train_table, dev_table, recipe, expression, run, device)
+    host.describe(name, context=module.context, requires=module.requires, card=module.card)
     path = None
     if folder is not None:
         path = folder / MODULE
