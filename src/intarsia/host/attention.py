@@ -198,6 +198,11 @@ def plain_mask(query: Tensor, keys: Tensor, causal: bool, additive: bool) -> Ten
     return mask[None, None]
 
 
+def bias_in_front(bias: Tensor, count: int) -> Tensor:
+    """Relative position bias of `count` prefix columns: none, they have no position."""
+    return bias.new_zeros(*bias.shape[:-1], count)
+
+
 def attention(base: str) -> Callable[..., Any]:
     """The attention function registered as `intarsia_<base>`."""
 
@@ -230,7 +235,7 @@ def attention(base: str) -> Callable[..., Any]:
             if attention_mask is not None:
                 attention_mask = widen(attention_mask[..., : key.shape[2]], count, valid)
             if position_bias is not None:
-                position_bias = torch.cat([position_bias.new_zeros(*position_bias.shape[:-1], count), position_bias], -1)
+                position_bias = torch.cat([bias_in_front(position_bias, count), position_bias], -1)
             key = torch.cat([front.keys, key], 2)
             value = torch.cat([front.values, value], 2)
             if base != "eager":
