@@ -228,10 +228,10 @@ def run(
         host, config.name, task, table, dev, recipe=recipe, run_dir=config.out, expression=config.expression, resume=resume,
         progress=reporter(quiet=console.quiet), config=config.model_dump(mode="json"),
     )  # fmt: skip
-    path = result.path
-    if config.card and path is not None:
+    written = result.path
+    if config.card and written is not None:
         result = replace(result, module=result.module.with_card(completed(result.module.card, config.card)))
-        save(result.module, path)
+        save(result.module, written)
     return result
 
 
