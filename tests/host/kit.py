@@ -70,7 +70,7 @@ _SUBSPACE = ("vera", "svft", "intrinsic", "said")
 _ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "adapter_lowrank", "perfect")
 #: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
 EXACT = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, "oft", "boft", "road", "mh_parallel", "llama_adapter")
-NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "c3a", "lora_xs", "hra")
+NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "lora_xs", "hra")
 FOLDABLE = (
     "full", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
 )  # fmt: skip

@@ -83,7 +83,7 @@ def fourierft(
 def c3a(
     block: int = 256, start: str = "glorot", at: str = ATTENTION, dropout: float = 0.0, layers: str | None = None
 ) -> Method:
-    """Circular convolutions: high rank from one vector per block; as released it starts near the base, not at it."""
+    """Circular convolutions: high rank from one vector per block; as released it does not start at the base (`start="zeros"` does)."""
     patch = Patch("circulant", at, Affine(Circulant(block, start), dropout), layers=layers)
     return Method("c3a", (patch,), Policy(learning_rate=1e-1))
 

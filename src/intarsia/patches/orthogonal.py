@@ -39,8 +39,8 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     """(I - Q)(I + Q)^-1 of skew Q [..., b, b]: orthogonal.
 
     Args:
-        terms: of the truncated series I + 2Q + 2Q^2 + ... + Q^(terms-1), which is peft's default with the opposite sign of Q
-            and is orthogonal only for small Q; None for the exact value.
+        terms: of the truncated series I - 2Q + 2Q^2 - ... + Q^(terms-1) instead (peft's default, with 5): faster for large
+            blocks, and orthogonal for small Q only.
     """
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand(q.shape)
     if terms is None:
