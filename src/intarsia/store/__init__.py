@@ -1,0 +1,1 @@
+"""Modules kept and exchanged: other libraries' formats are in `convert`."""

@@ -1,0 +1,6 @@
+"""The file formats of other libraries, read into modules and written from them, with a report of what could not be carried."""
+
+from intarsia.store.convert.peft_read import read_peft
+from intarsia.store.convert.report import Report
+
+__all__ = ["Report", "read_peft"]

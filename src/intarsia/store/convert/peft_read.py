@@ -1,0 +1,242 @@
+"""`read_peft`: a folder written by peft as a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from intarsia.errors import ModuleError, listing
+from intarsia.methods.method import METHODS, Policy
+from intarsia.modules.card import Card
+from intarsia.modules.module import Module
+from intarsia.patches import Add, Affine, Attend, Concat, Diag, FormSpec, Matrix, OpSpec, Rot, Tokens
+from intarsia.sites.address import SiteMap
+from intarsia.sites.fingerprint import Fingerprint
+from intarsia.store.convert.folder import as_float, read_config, read_tensors
+from intarsia.store.convert.paths import Paths
+from intarsia.store.convert.peft_config import Config, check
+from intarsia.store.convert.peft_kinds import KINDS, Layer
+from intarsia.store.convert.pieces import Piece, together
+from intarsia.store.convert.report import Report
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+#: names under which peft stores a parameter's new value itself, below the module it belongs to
+VALUES = {"weight": "weight", "bias": "bias", "base_layer.bias": "bias", "ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias"}
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+
+@dataclass
+class _Reading:
+    """A file while it is being read."""
+
+    config: Config
+    paths: Paths
+    shared: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor] | None
+    pieces: list[Piece] = field(default_factory=list)
+    carried: int = 0
+    left_out: list[str] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
+
+
+def read_peft(
+    folder: str | os.PathLike[str],
+    *,
+    sites: SiteMap,
+    base: Fingerprint,
+    name: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> tuple[Module, Report]:
+    """Read `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        sites: of the model it is for, `resolve(model)`.
+        base: fingerprint of that model; the file does not say which it belongs to.
+        name: of the module; None for the folder's name.
+        weights: `model.state_dict()`.  peft stores the new value of a head, norm or bias, and a module its change; without
+            the base's value such tensors are left out and reported.
+
+    Raises:
+        StoreError: a file is missing; pickled weights are refused.
+        ModuleError: unknown field, method or tensor; a layer that the model lacks; layers of the model that the file lacks.
+    """
+    folder = Path(folder)
+    config = check(read_config(folder, CONFIG), str(folder / CONFIG))
+    tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in read_tensors(folder, WEIGHTS, PICKLE).items()}
+    inner = {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)}
+    outer = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
+    shared = {key.removeprefix("base_model."): t for key, t in outer.items()}
+    reading = _Reading(config, Paths(sites, inner), shared, weights)
+    if config.kind in _PROMPTS:
+        inner |= {key: t for key, t in shared.items() if key != "prompt_embeddings"}
+        reading.paths = Paths(sites, inner)
+        _read_prompt(reading, sites)
+    else:
+        unused = sorted(key for key in shared if not (config.kind == "VERA" and key in ("vera_A", "vera_B")))
+        if unused:
+            raise ModuleError(f"{folder}: tensors that belong to no layer and to no known part of {config.kind}: {listing(unused)}")
+    layers = _by_layer(reading, inner, str(folder))
+    for path, found in layers.items():
+        _read_layer(reading, path, found)
+    if config.kind not in _PROMPTS:
+        _check_complete(reading, layers)
+    if not reading.pieces:
+        raise ModuleError(f"{folder}: nothing in it can be carried: {'; '.join(reading.left_out) or 'it holds no tensors'}")
+    method, ours = together(_method_name(config), reading.pieces, _policy(config), f"peft {config['peft_version']}, {config.kind}")
+    module = Module(
+        name or folder.resolve().name,
+        method,
+        ours,
+        base,
+        card=Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=f"Read from files of peft {config['peft_version']}."),
+    )
+    return module, Report(str(folder), config.kind, reading.carried, tuple(reading.left_out), tuple(reading.notes))
+
+
+def _method_name(config: Config) -> str:
+    if config.kind == "LORA":
+        return "dora" if config["use_dora"] else "rslora" if config["use_rslora"] else "lora"
+    return {"LN_TUNING": "ln", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}.get(config.kind, config.kind.lower())
+
+
+def _policy(config: Config) -> Policy:
+    name = _method_name(config)
+    return Policy(learning_rate=METHODS[name].build().policy.learning_rate) if name in METHODS else Policy()
+
+
+def _by_layer(reading: _Reading, tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors by module path of the model; heads that the model lacks are left out, other strangers refused."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    strange: list[str] = []
+    saved = reading.config.get("modules_to_save") or ()
+    for key, tensor in tensors.items():
+        found = reading.paths.split(key)
+        if found is not None and found[1]:
+            layers.setdefault(found[0], {})[found[1]] = tensor
+        elif key.rpartition(".")[0].split(".")[-1] in saved:
+            reading.left_out.append(f"{key} {tuple(tensor.shape)}: this model has no such module; load the class with that head, or train a head here")
+        else:
+            strange.append(key)
+    if strange:
+        raise ModuleError(
+            f"{source}: {len(strange)} of {len(tensors)} tensors are for modules that {reading.paths.sites.model} lacks: {listing(strange, 4)}; "
+            "is this the model it was trained on?"
+        )
+    return layers
+
+
+def _read_layer(reading: _Reading, path: str, tensors: dict[str, Tensor]) -> None:
+    rest = set(tensors)
+    if not rest <= VALUES.keys():
+        site = reading.paths.weight(path)
+        shape = tuple(reversed(site.shape)) if site.transposed else site.shape
+        if len(shape) != 2:
+            raise ModuleError(f"{path}: the weight there has shape {site.shape}; only matrices are read ({listing(sorted(rest))})")
+        layer = Layer(path, (shape[0], shape[1]), tensors, reading.shared)
+        for kind in KINDS:
+            if not kind.takes(reading.config, layer):
+                continue
+            rest -= kind.uses(layer)
+            reading.carried += len(kind.uses(layer))
+            form, op = kind.read(reading.config, layer)
+            if kind.note:
+                reading.notes[kind.note] = None
+            ours = kind.ours(reading.config, layer)
+            if kind.port == "out":
+                reading.pieces.append(Piece(reading.paths.linear(path).name, kind.patch, form, op, "out", ours))
+            elif kind.port == "weight":
+                reading.pieces.append(Piece(site.name, kind.patch, form, op, "weight", ours))
+            else:
+                reading.pieces.append(_at_entry(reading, path, kind.patch, form, op, ours))
+    for name in sorted(rest & VALUES.keys()):
+        _read_value(reading, path, VALUES[name], tensors[name])
+        rest.discard(name)
+    if rest:
+        raise ModuleError(f"{path}: tensors that {reading.config.kind} does not have, or that lack their partner: {listing(sorted(rest))}")
+
+
+def _at_entry(reading: _Reading, path: str, name: str, form: FormSpec, op: OpSpec, ours: dict[str, Tensor]) -> Piece:
+    """A rescaled input; where the input is no site, the same as a change of the weight's columns."""
+    site = reading.paths.entry(path)
+    if site is not None:
+        return Piece(site.name, name, form, op, "in", ours)
+    return Piece(reading.paths.weight(path).name, f"{name}put", Affine(Diag(1.0), read="self"), Rot(), "weight", {"factor.value": ours["value"]})
+
+
+def _read_value(reading: _Reading, path: str, param: str, value: Tensor) -> None:
+    """A parameter's new value, as the difference from the base's."""
+    site = reading.paths.weight(path, param)
+    if reading.weights is None:
+        reading.left_out.append(
+            f"{path}.{param} {tuple(value.shape)}: peft stores its new value and a module its change; give weights=model.state_dict() to carry it"
+        )
+        return
+    old = reading.weights.get(f"{site.path}.{site.param}")
+    if old is None:
+        raise ModuleError(f"weights has no {site.path}.{site.param}; give model.state_dict() of the model whose sites these are")
+    if old.shape != value.shape:
+        raise ModuleError(f"{path}.{param} has shape {tuple(value.shape)}, the base's has {tuple(old.shape)}")
+    change = value - as_float(old.detach().cpu())
+    change = change.T if site.transposed and change.dim() == 2 else change
+    tag = "norm" if path.split(".")[-1] in (reading.config.get("target_modules") or ()) and reading.config.kind == "LN_TUNING" else ""
+    saved = path.split(".")[-1] in (reading.config.get("modules_to_save") or ())
+    name = "norm" if tag else "saved" if saved else "bias"
+    reading.pieces.append(Piece(site.name, name, Matrix(), Add(), "weight", {"factor.value": change}, tag or ("head" if saved else "")))
+    reading.carried += 1
+
+
+def _check_complete(reading: _Reading, layers: Mapping[str, object]) -> None:
+    """Layers that the configuration names and the file lacks; only where the configuration names them by plain ends."""
+    config = reading.config
+    targets = config["target_modules"]
+    if not isinstance(targets, list) or any(config.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern")):
+        reading.notes["which layers it is for is given by a pattern, so that missing ones cannot be told from unwanted ones"] = None
+        return
+    named = [p for p in reading.paths.out if any(p == t or p.endswith(f".{t}") for t in targets)]
+    missing = [path for path in named if path not in layers]
+    if missing:
+        raise ModuleError(f"the file lacks {len(missing)} of {len(named)} layers that its configuration names: {listing(missing, 4)}")
+
+
+def _read_prompt(reading: _Reading, sites: SiteMap) -> None:
+    config = reading.config
+    value = reading.shared.get("prompt_embeddings")
+    if value is None or value.dim() != 2:
+        raise ModuleError(f"{config.kind}: the file has no matrix 'prompt_embeddings'")
+    length = int(config["num_virtual_tokens"])
+    reading.carried += 1
+    if config.kind == "PREFIX_TUNING":
+        _read_prefix(reading, sites, value, length)
+        return
+    if value.shape[0] not in (length, 2 * length):
+        raise ModuleError(f"num_virtual_tokens is {length}, prompt_embeddings has {value.shape[0]} rows")
+    if value.shape[0] == 2 * length:
+        reading.notes[f"the last {length} rows of prompt_embeddings are never read by peft's forward, and are not carried"] = None
+    seq = sites.select("seq", port="seq")[0]
+    reading.pieces.append(Piece(seq.name, "prompt", Tokens(length, "start", "uniform"), Concat(), "seq", {"embeddings": value[:length].clone()}))
+    if "head" in sites.missing and not seq.stack:
+        reading.notes["peft pools the first virtual token of an encoder; here the classification token stays the pooled one, so outputs differ"] = None
+
+
+def _read_prefix(reading: _Reading, sites: SiteMap, value: Tensor, length: int) -> None:
+    """[P, layers * 2 * heads * size]: key and value of layer 0, of layer 1 ..."""
+    memories = [site for site in sites.values() if site.port == "mem"]
+    if any(site.stack for site in memories):
+        raise ModuleError("PREFIX_TUNING for a model with two stacks: peft hands the same numbers to self- and cross-attention by the order of a cache; not read")
+    if not memories:
+        raise ModuleError(f"{sites.model} has no attention memory to put a prefix into: {sites.missing.get('attn.mem', '')}")
+    heads, size = memories[0].heads  # type: ignore[misc]
+    wanted = (length, len(memories) * 2 * heads * size)
+    if tuple(value.shape) != wanted:
+        raise ModuleError(f"prompt_embeddings has shape {tuple(value.shape)}; {length} positions of this model's {len(memories)} layers are {wanted}")
+    blocks = value.view(length, 2 * len(memories), heads, size).permute(1, 2, 0, 3)
+    form = Attend(length, None)
+    for index, site in enumerate(memories):
+        keys, values = blocks[2 * index].clone(), blocks[2 * index + 1].clone()
+        reading.pieces.append(Piece(site.name, "prefix", form, Concat(), "mem", {"keys": keys, "values": values}))
+    reading.notes[f"peft also moves the tokens' positions by {length}; here they stay, so outputs of models with positions differ"] = None

@@ -1,0 +1,34 @@
+"""`Report`: what a conversion carried, what it could not carry, and what a user must know about the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The account of one conversion.
+
+    Attributes:
+        source: folder or module that was converted.
+        kind: the peer's name of the method.
+        carried: number of tensors that have a place in the result.
+        left_out: what has no place there, one sentence each with the reason.
+        notes: differences that do not change a tensor but may change an output or a training run.
+    """
+
+    source: str
+    kind: str
+    carried: int
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was carried."""
+        return not self.left_out
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.kind}, {self.carried} tensors carried"]
+        lines += [f"  left out: {what}" for what in self.left_out]
+        return "\n".join([*lines, *(f"  note: {what}" for what in self.notes)])
