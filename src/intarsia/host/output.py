@@ -84,7 +84,7 @@ class Root(Child):
         if call is None:
             return
         if call.rows is not None:
-            self.state.sizes[thread()] = rows_of(dict(enumerate(args)) | kwargs)
+            self.state.sizes[thread()] = rows_of({**{str(i): value for i, value in enumerate(args)}, **kwargs})
         if not self.active(call):
             return
         given = {**bind(module, args), **kwargs}

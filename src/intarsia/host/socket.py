@@ -158,7 +158,7 @@ class Socket(Child):
 
     def _run(self, module: nn.Module, h: Tensor, call: Call, given: Tensor | None) -> Tensor:
         values = {id(tap): tap.pop(self.number) for tap in dict.fromkeys(self.taps.values())}  # one may serve both
-        surroundings = {what: values[id(tap)] for what, tap in self.taps.items()}
+        surroundings: dict[str, Any] = {what: values[id(tap)] for what, tap in self.taps.items()}
         for slot in self.slots.values():
             site: Site = slot.site  # type: ignore[assignment]
             if slot.names.isdisjoint(call.names) or call.drops(site):  # type: ignore[union-attr, operator]

@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from intarsia.errors import SpecError
+from intarsia.errors import SpecError, nearest
 from intarsia.methods.method import Patch
 from intarsia.patches import Add, Bottleneck, FormSpec, Scaled
 from intarsia.sites.address import expand_braces, split_top
 
 INSERTIONS = ("sequential", "parallel")
+NORMS = ("none", "in", "out", "both")
+RESIDUALS = ("self", "read", "none", "inside")
 INPUTS = ("heads", "act")
 """Sites that are the input of a module rather than its output, by their last word."""
 
@@ -45,8 +47,10 @@ class Insertion:
         Raises:
             SpecError: a setting is unknown, or the combination has no meaning.
         """
-        if self.insertion not in INSERTIONS:
-            raise SpecError(f"insertion is one of {', '.join(INSERTIONS)}, found {self.insertion!r}")
+        for word, known in (("insertion", INSERTIONS), ("norm", NORMS), ("residual", RESIDUALS)):
+            found = getattr(self, word)
+            if found not in known:
+                raise SpecError(f"{word} is one of {', '.join(known)}, found {found!r}{nearest(str(found), known)}")
         if self.residual != "self" and (self.scale != 1.0 or self.learn_scale):
             raise SpecError(
                 f"residual={self.residual!r} says what takes the place of the stream, and scale={self.scale:g} would scale that too; "
@@ -54,14 +58,14 @@ class Insertion:
             )
         if self.insertion == "parallel":
             form = replace(form, read="reads")
-        form = replace(form, norm=self.norm, residual=self.residual)
+        form = replace(form, norm=self.norm, residual=self.residual)  # type: ignore[arg-type]
         value: FormSpec = Scaled(form, float(self.scale)) if self.learn_scale else form
         op = Add(1.0 if self.learn_scale else float(self.scale))
         outer, inner = split(self.at)
-        found = [Patch(name, ", ".join(outer), value, op, layers=self.layers)] if outer else []
+        patches = [Patch(name, ", ".join(outer), value, op, layers=self.layers)] if outer else []
         if inner:
-            found.append(Patch(f"{name}_in" if outer else name, ", ".join(inner), value, op, port="in", layers=self.layers))
-        return tuple(found)
+            patches.append(Patch(f"{name}_in" if outer else name, ", ".join(inner), value, op, port="in", layers=self.layers))
+        return tuple(patches)
 
 
 def split(at: str) -> tuple[Sequence[str], Sequence[str]]:

@@ -190,8 +190,8 @@ class Attend:
         count, size = heads
         gate = place.parameter(1) if self.mix == "zero_gate" else None
         if self.factor is not None:
-            parts = (self.factor.build((self.length, count * size), place.named(w), self.init) for w in ("keys", "values"))
-            return FactorAttendForm(*parts, gate, (count, size), self)
+            keys, values = (self.factor.build((self.length, count * size), place.named(w), self.init) for w in ("keys", "values"))
+            return FactorAttendForm(keys, values, gate, (count, size), self)
         if self.reparameterise is None:
             fill = INITS["zeros" if self.init == "activations" else self.init]
             shape = (count, self.length, size)

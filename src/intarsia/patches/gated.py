@@ -34,7 +34,7 @@ def per_row(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
-def wrapped(form: Form, exported: tuple[Any, dict[str, Tensor]] | None, spec: Any, own: dict[str, Tensor]) -> Any:
+def wrapped(exported: tuple[Any, dict[str, Tensor]] | None, spec: Any, own: Mapping[str, Tensor]) -> Any:
     """The export of a form around another: that of the inner one, the outer tensors as they are."""
     if exported is None:
         return None
@@ -75,11 +75,10 @@ class GatedForm(Form):
         return WhyNot("its gate depends on the input")
 
     def export(self) -> Any:
-        return wrapped(self, self.inner.export(), self.spec, {"gate": self.gate, "gate_bias": self.gate_bias})
+        return self.export_for({})
 
     def export_for(self, context: Mapping[str, Any]) -> Any:
-        own = {"gate": self.gate, "gate_bias": self.gate_bias}
-        return wrapped(self, self.inner.export_for(context), self.spec, own)
+        return wrapped(self.inner.export_for(context), self.spec, {"gate": self.gate, "gate_bias": self.gate_bias})
 
 
 def weighed(block: MemoryBlock, gate: Tensor) -> MemoryBlock:
@@ -131,7 +130,8 @@ class ScaledForm(Form):
     def _scaled(self, value: Linear | WhyNot) -> Linear | WhyNot:
         if isinstance(value, WhyNot):
             return value
-        return Linear(*(None if part is None else part * self.scale for part in (value.weight, value.bias)))
+        weight, bias = (None if part is None else part * self.scale for part in (value.weight, value.bias))
+        return Linear(weight, bias)
 
     def as_linear(self) -> Linear | WhyNot:
         return self._scaled(self.inner.as_linear())
@@ -144,10 +144,10 @@ class ScaledForm(Form):
         return value if isinstance(value, WhyNot) else value * self.scale
 
     def export(self) -> Any:
-        return wrapped(self, self.inner.export(), self.spec, {"scale": self.scale})
+        return self.export_for({})
 
     def export_for(self, context: Mapping[str, Any]) -> Any:
-        return wrapped(self, self.inner.export_for(context), self.spec, {"scale": self.scale})
+        return wrapped(self.inner.export_for(context), self.spec, {"scale": self.scale})
 
 
 @register("scaled")

@@ -212,7 +212,7 @@ class Hyper:
             sizes = (self.width * len(self.condition), self.hidden, self.width)
 
             def joined() -> Condition:
-                layers = {}
+                layers: dict[str, nn.Parameter] = {}
                 for name, n, m in (("first", sizes[0], sizes[1]), ("second", sizes[1], sizes[2])):
                     layers |= {name: place.parameter(m, n, fill=fill), f"{name}_bias": place.parameter(m)}
                 return Condition({**layers, "norm": place.parameter(sizes[2], fill=1.0), "norm_bias": place.parameter(sizes[2])})
@@ -228,8 +228,8 @@ class Hyper:
         if not others:
             return HyperFactor(parts, generator(), shape, False, self)
         apart = [where[word] for word in ("layer", "site") if word not in self.condition]  # not read, so not shared
-        key = ("hyper", place.site.stack, "generator", *apart, place.role, "x".join(map(str, shape)))
-        return HyperFactor(parts, place.tied(key, generator), shape, True, self)
+        words = ("hyper", place.site.stack, "generator", *apart, place.role, "x".join(map(str, shape)))
+        return HyperFactor(parts, place.tied(words, generator), shape, True, self)
 
     @staticmethod
     def _words(place: Place) -> dict[str, str]:

@@ -50,7 +50,7 @@ def prompt_encoder(place: Place, width: int) -> PromptEncoder:
                 start = place.parameter(*parameter.shape, fill=uniform(1 / math.sqrt(width // 2)))
                 parameter.copy_(start)
     bias = uniform(1 / math.sqrt(width))
-    parts = {}
+    parts: dict[str, nn.Parameter] = {}
     for name in ("first", "second"):
         parts |= {name: place.parameter(width, width, fill=kaiming), f"{name}_bias": place.parameter(width, fill=bias)}
     return PromptEncoder(lstm, parts)

@@ -65,7 +65,7 @@ class SubspaceEditForm(Form):
         super().__init__()
         self.units = nn.ModuleDict(units)
         self.spec = spec
-        self.reads_call = spec.selective  # type: ignore[misc]
+        self.reads_call = spec.selective
 
     def forward(self, h: Tensor, seen: Seen) -> Tensor:
         spec = self.spec
@@ -101,7 +101,8 @@ class SubspaceEditForm(Form):
         if self.spec.activation != "identity" or not (self.spec.orthonormal or self.spec.subtract):
             return None
         tensors: dict[str, Tensor] = {}
-        for name, unit in self.units.items():
+        for name in self.units:
+            unit: Unit = self.units[name]  # type: ignore[assignment]
             rows = unit.rows().detach()
             source = unit.source - rows if self.spec.subtract else unit.source
             tensors |= {f"units.{name}.projection": rows, f"units.{name}.source": source, f"units.{name}.bias": unit.bias}
