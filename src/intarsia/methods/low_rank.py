@@ -6,6 +6,7 @@ What is not here: frozen bases with a trained core (`subspace.py`), rotations (`
 from __future__ import annotations
 
 import math
+import re
 
 from intarsia.methods.budget import Orthonormal, RankBudget
 from intarsia.methods.method import Group, Method, Patch, Policy, row
@@ -32,7 +33,8 @@ LINEARS = "{attn,xattn}.{q,k,v,o}, ffn.{gate,up,down}"
 
 def weights(at: str) -> str:
     """The weights of the layers that a pattern covers."""
-    return f"{{{at}}}.weight"
+    several = "," in re.sub(r"\{[^{}]*\}", "", at)
+    return f"{{{at}}}.weight" if several else f"{at}.weight"
 
 
 @row("rslora", equation="y' = W x + (alpha / sqrt(r)) B A x", source="Kalajdzievski 2023, arXiv 2312.03732")
