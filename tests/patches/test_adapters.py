@@ -306,7 +306,7 @@ def test_generators_are_shared_where_they_read_what_differs() -> None:
     assert len({id(f.generator) for f in apart}) == 4
     _, layers = built(("task", "layer"))
     assert layers[0].generator is layers[2].generator is not layers[1].generator
-    where, all_of_them = built(("task", "layer", "site"))
+    _, all_of_them = built(("task", "layer", "site"))
     assert len({id(f.generator) for f in all_of_them}) == 1
     assert len({id(f.parts.others[0]) for f in all_of_them}) == 2, "one embedding per layer"
     matrices = [f.materialise() for f in all_of_them]
@@ -325,6 +325,19 @@ def test_generated_vectors() -> None:
     spec, tensors = form.export_for({"task": "b"})
     assert spec.factor is None and torch.allclose(1 + change[1, 0], tensors["value"], atol=1e-6)
     assert form.export() is None and isinstance(form.constant(), WhyNot)
+
+
+def test_a_generated_map_folds_when_its_task_is_decided() -> None:
+    """LoRA generated per task: refused for several tasks, an ordinary change of the weight for one."""
+    h = torch.randn(2, 5, D)
+    form = disturbed(Affine(Hyper(("a", "b"), width=4)).build(place()))
+    assert isinstance(Add().fold(Linear(torch.randn(D, D), None), form, "out"), WhyNot)
+    out = form(h, Glimpse(h, said={"task": ["b", "a"]}))
+    spec, tensors = form.export_for({"task": "b"})
+    assert torch.allclose(out[0], h[0] @ tensors["factor.value"].T, atol=1e-5) and spec == Affine(Dense())
+    single = disturbed(Affine(Hyper(width=4)).build(place()))
+    change = Add().fold(Linear(torch.randn(D, D), None), single, "out")
+    assert isinstance(change, Linear) and torch.allclose(single(h, Glimpse(h)), h @ change.weight.T, atol=1e-5)
 
 
 def test_a_generated_adapter_exports_to_an_ordinary_one() -> None:

@@ -7,8 +7,9 @@ by F (laws A4 and A5).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from intarsia.patches.delta import Form, Linear, Seen, WhyNot, dropped
 from intarsia.patches.factors import Factor, FactorSpec, LowRank
 from intarsia.patches.matrix import canonical_shape
 from intarsia.patches.place import Place
+
+
+GENERATED = "its matrix is generated for the task of the call; export it for one task first"
 
 
 class AffineForm(Form):
@@ -35,14 +39,17 @@ class AffineForm(Form):
     def as_linear(self) -> Linear | WhyNot:
         if self.spec.read == "self":
             return WhyNot("a map of a layer's output is affine in the layer's input only together with the layer")
-        return Linear(self.factor.materialise(), None)
+        matrix = self.factor.fixed({})
+        return WhyNot(GENERATED) if matrix is None else Linear(matrix, None)
 
     def value_at(self, base: Linear, port: str) -> Linear | WhyNot:
         if self.spec.read == "input":
             return super().value_at(base, port)
         if base.weight is None:
             return WhyNot("there is no weight here to map")
-        matrix = self.factor.materialise()
+        matrix = self.factor.fixed({})
+        if matrix is None:
+            return WhyNot(GENERATED)
         if port == "weight":  # the rows of W are what is mapped
             return Linear(base.weight @ matrix.T, None)
         if port == "in":
@@ -50,7 +57,10 @@ class AffineForm(Form):
         return Linear(matrix @ base.weight, None if base.bias is None else matrix @ base.bias)
 
     def export(self) -> tuple[Affine, dict[str, Tensor]] | None:
-        exported = self.factor.export()
+        return self.export_for({})
+
+    def export_for(self, context: Mapping[str, Any]) -> tuple[Affine, dict[str, Tensor]] | None:
+        exported = self.factor.export_for(context)
         if exported is None:
             return None
         factor, tensors = exported

@@ -37,6 +37,10 @@ class Factor(nn.Module):
         """A cheaper equal factor as (specification, its tensors by leaf), or None if this is already the cheapest."""
         return None
 
+    def export_for(self, context: Mapping[str, Any]) -> tuple[FactorSpec, dict[str, Tensor]] | None:
+        """`export` under a call's context, for factors whose tensor depends on it (a task id)."""
+        return self.export()
+
     def row_squares(self, base: Tensor, scale: float, squares: Tensor) -> Tensor:
         """Squared norms of the rows of base + scale * materialise(), [out]; members avoid the dense product if they can.
 

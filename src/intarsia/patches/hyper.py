@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from intarsia._codec import register
 from intarsia.errors import CompositionError, SpecError, listing, nearest
 from intarsia.patches.delta import Seen, same_dtype
-from intarsia.patches.factors import Applied, Factor
+from intarsia.patches.factors import Applied, Dense, Factor, FactorSpec
 from intarsia.patches.init import INITS, normal
 from intarsia.patches.place import Place
 
@@ -127,6 +127,13 @@ class HyperFactor(Factor):
         if len(self.spec.tasks) == 1:
             return self.of([0])[0]
         return self.of([self.spec.index(context[KEY])])[0] if KEY in context else None
+
+    def export_for(self, context: Mapping[str, Any]) -> tuple[FactorSpec, dict[str, Tensor]] | None:
+        found = self.fixed(context)
+        return None if found is None else (Dense(), {"value": found})
+
+    def export(self) -> tuple[FactorSpec, dict[str, Tensor]] | None:
+        return self.export_for({})
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(same_dtype(x, self.generator.bias), self.materialise())
