@@ -18,6 +18,7 @@ COMMON: Mapping[str, Any] = {
     "task_type": None,
 }  # fmt: skip
 _SELECT: Mapping[str, Any] = {"exclude_modules": None, "layers_pattern": None, "layers_to_transform": None, "modules_to_save": None, "target_modules": None}
+_FEWER: Mapping[str, Any] = {key: value for key, value in _SELECT.items() if key != "exclude_modules"}
 _LORA: Mapping[str, Any] = {
     **_SELECT, "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "bias": "none", "corda_config": None,
     "ensure_weight_tying": False, "eva_config": None, "fan_in_fan_out": False, "init_lora_weights": True, "kasa_config": None,
@@ -41,7 +42,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
              "rank_pattern": {}, "use_effective_conv2d": False},
     "LOKR": {**_SELECT, "alpha": 8, "alpha_pattern": {}, "decompose_both": False, "decompose_factor": -1, "init_weights": True, "module_dropout": 0.0,
              "r": 8, "rank_dropout": 0.0, "rank_dropout_scale": False, "rank_pattern": {}, "use_effective_conv2d": False},
-    "VERA": {**_SELECT, "bias": "none", "d_initial": 0.1, "fan_in_fan_out": False, "init_weights": True, "projection_prng_key": 0, "r": 256,
+    "VERA": {**_FEWER, "bias": "none", "d_initial": 0.1, "fan_in_fan_out": False, "init_weights": True, "projection_prng_key": 0, "r": 256,
              "save_projection": True, "vera_dropout": 0.0},
     "OFT": {**_SELECT, "bias": "none", "block_share": False, "coft": False, "eps": 6e-05, "fan_in_fan_out": False, "init_weights": True,
             "module_dropout": 0.0, "num_cayley_neumann_terms": 5, "oft_block_size": 32, "r": 0, "use_cayley_neumann": True},
@@ -51,8 +52,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "MISS": {**_SELECT, "bias": "none", "init_weights": True, "mini_r": 1, "miss_dropout": 0.0, "r": 64},
     "FOURIERFT": {**_SELECT, "bias": "none", "fan_in_fan_out": False, "init_weights": False, "n_frequency": 1000, "n_frequency_pattern": {},
                   "random_loc_seed": 777, "scaling": 150.0},
-    "C3A": {**_SELECT, "bias": "none", "block_size": 256, "block_size_pattern": {}, "init_weights": "xavier_uniform"},
-    "GRALORA": {**_SELECT, "alpha": 64, "bias": "none", "fan_in_fan_out": False, "gralora_dropout": 0.0, "gralora_k": 2, "hybrid_r": 0,
+    "C3A": {**_FEWER, "bias": "none", "block_size": 256, "block_size_pattern": {}, "init_weights": "xavier_uniform"},
+    "GRALORA": {**_FEWER, "alpha": 64, "bias": "none", "fan_in_fan_out": False, "gralora_dropout": 0.0, "gralora_k": 2, "hybrid_r": 0,
                 "init_weights": True, "r": 32},
     "DELORA": {**_SELECT, "bias": "none", "delora_lambda": 15, "init_weights": True, "lambda_pattern": {}, "module_dropout": 0.0, "r": 8,
                "rank_pattern": {}},

@@ -61,7 +61,7 @@ LAYOUTS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tenso
     "turned": (lambda t: t.T, lambda t: t.T),
     "column": (lambda t: t[:, 0], lambda t: t[:, None]),
     "row": (lambda t: t[0], lambda t: t[None]),
-    "stacked": (lambda t: t[None], lambda t: t[0]),
+    "unstacked": (lambda t: t[None], lambda t: t[0]),
     "negated": (lambda t: -t, lambda t: -t),
 }
 
@@ -177,6 +177,11 @@ def _lora_bias(config: Config, layer: Layer) -> Made:
     return Const(), Add(_scale(config, layer, "lora_alpha", layer.tensors["lora_A.weight"].shape[0]))
 
 
+def _lora_bias_back(patch: Patch) -> Fields | None:
+    form, op = patch.form, patch.op
+    return {"scale": op.scale, "lora_bias": True} if isinstance(form, Const) and form.factor is None and isinstance(op, Add) else None
+
+
 def _adalora(config: Config, layer: Layer) -> Made:
     form = Affine(Core(layer.tensors["lora_A"].shape[0], Free(), Diag()), float(config["lora_dropout"]))
     return form, Add(float(config["lora_alpha"]) / (int(config["init_r"]) + 1e-5))
@@ -184,6 +189,10 @@ def _adalora(config: Config, layer: Layer) -> Made:
 
 def _ia3_back(patch: Patch) -> Fields | None:
     return {} if isinstance(patch.form, Const) and patch.form.factor is None and isinstance(patch.op, Mul) else None
+
+
+def _columns_back(patch: Patch) -> Fields | None:
+    return {} if isinstance(_turned(patch), Diag) else None
 
 
 def _loha(config: Config, layer: Layer) -> Made:
@@ -230,6 +239,13 @@ def _lokr_tensors(config: Config, layer: Layer) -> dict[str, Tensor]:
         return {"factor.value": torch.kron(left, up if down is None else up @ down)}
     found = {"factor.rule.left": left[None], "factor.up": up[None]}
     return found if down is None else {**found, "factor.down": down[None]}
+
+
+def _lokr_back(patch: Patch, full: bool) -> Fields | None:
+    form, op = patch.form, patch.op
+    if not (isinstance(form, Affine) and isinstance(form.factor, KronPair) and isinstance(op, Add) and (form.factor.rank is None) == full):
+        return None
+    return {"scale": op.scale, "decompose_factor": form.factor.limit or -1}
 
 
 def _vera(prefix: str) -> Callable[[Config, Layer], dict[str, Tensor]]:
@@ -378,20 +394,32 @@ def _dense_input(config: Config, layer: Layer) -> bool:
     return layer.tensors["ia3_l"].shape[0] == 1 and layer.shape[1] == layer.tensors["ia3_l"].shape[1]
 
 
+def _write_only(config: Config, layer: Layer) -> bool:
+    """For kinds that another row reads."""
+    return False
+
+
 KINDS: Sequence[Kind] = (
     Kind("LORA", "dora", "out", (*_PAIR, Leaf("lora_magnitude_vector", "magnitude")), _dora, _dora_back, fits=lambda c, _: bool(c["use_dora"])),
     Kind("LORA", "lora", "out", _PAIR, _lora, _lora_back, fits=lambda c, layer: not c["use_dora"] and "lora_magnitude_vector" not in layer.tensors),
-    Kind("LORA", "lora_bias", "out", (Leaf("lora_B.bias", "value"),), _lora_bias, fits=lambda c, _: not c["use_dora"]),
+    Kind("LORA", "lora_bias", "out", (Leaf("lora_B.bias", "value"),), _lora_bias, _lora_bias_back, fits=lambda c, _: not c["use_dora"]),
     Kind("ADALORA", "lora", "out",
          (Leaf("lora_A", "factor.frame.down"), Leaf("lora_B", "factor.frame.up"), Leaf("lora_E", "factor.core.value", "column")), _adalora),
     Kind("IA3", "scale", "out", (Leaf("ia3_l", "value", "column"),), lambda c, _: (Const("ones"), Mul()), _ia3_back,
          fits=lambda c, layer: not _dense_input(c, layer)),
     Kind("IA3", "scale_in", "in", (Leaf("ia3_l", "value", "row"),), lambda c, _: (Const("ones"), Mul()), _ia3_back, fits=_dense_input),
+    Kind("IA3", "scale_input", "weight", (Leaf("ia3_l", "factor.value", "row"),), lambda c, _: _turn(Affine(Diag(1.0), read="self")), _columns_back,
+         fits=_write_only),
     Kind("LOHA", "loha", "weight",
          (Leaf("hada_w1_a", "factor.parts.0.up"), Leaf("hada_w1_b", "factor.parts.0.down"), Leaf("hada_w2_a", "factor.parts.1.up"),
           Leaf("hada_w2_b", "factor.parts.1.down")), _loha, _loha_back),
     Kind("LOKR", "lokr", "out", (), _lokr, build=_lokr_tensors,
          optional=tuple(f"lokr_w{x}" for x in ("1", "1_a", "1_b", "2", "2_a", "2_b"))),
+    Kind("LOKR", "lokr", "out", (Leaf("lokr_w1", "factor.rule.left", "unstacked"), Leaf("lokr_w2", "factor.up", "unstacked")), _lokr,
+         lambda p: _lokr_back(p, True), fits=_write_only),
+    Kind("LOKR", "lokr", "out",
+         (Leaf("lokr_w1", "factor.rule.left", "unstacked"), Leaf("lokr_w2_a", "factor.up", "unstacked"), Leaf("lokr_w2_b", "factor.down", "unstacked")),
+         _lokr, lambda p: _lokr_back(p, False), fits=_write_only),
     Kind("VERA", "vera", "out", (Leaf("vera_lambda_b", ""), Leaf("vera_lambda_d", "")), _vera_form, build=_vera("vera"), note=_AS_PRODUCT),
     Kind("OFT", "rotation", "weight", (Leaf("oft_R.weight", "factor.angles"),), _oft, lambda p: _oft_back(p, True),
          fits=lambda c, _: bool(c["use_cayley_neumann"])),

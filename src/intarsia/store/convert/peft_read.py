@@ -182,12 +182,14 @@ def _read_value(reading: _Reading, path: str, param: str, value: Tensor) -> None
     if old.shape != value.shape:
         raise ModuleError(f"{path}.{param} has shape {tuple(value.shape)}, the base's has {tuple(old.shape)}")
     change = value - as_float(old.detach().cpu())
+    reading.carried += 1
+    if not change.any():
+        return
     change = change.T if site.transposed and change.dim() == 2 else change
     tag = "norm" if path.split(".")[-1] in (reading.config.get("target_modules") or ()) and reading.config.kind == "LN_TUNING" else ""
     saved = path.split(".")[-1] in (reading.config.get("modules_to_save") or ())
     name = "norm" if tag else "saved" if saved else "bias"
     reading.pieces.append(Piece(site.name, name, Matrix(), Add(), "weight", {"factor.value": change}, tag or ("head" if saved else "")))
-    reading.carried += 1
 
 
 def _check_complete(reading: _Reading, layers: Mapping[str, object]) -> None:
