@@ -17,7 +17,6 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,55 +26,25 @@ from transformers import PreTrainedModel
 from intarsia.compose import Expr, Ref, Seq, expr, names
 from intarsia.compose.legality import Traits, check
 from intarsia.errors import CompositionError, ModuleError, SiteError, SpecError, listing
-from intarsia.host import attention
+from intarsia.host.attach import Attachment
 from intarsia.host.attention import MemorySocket
 from intarsia.host.build import Built, build
-from intarsia.host.call import CALLS, Call, Child, State
+from intarsia.host.call import CALLS, Call, State
 from intarsia.host.fold import fold, why_not_foldable
-from intarsia.host.given import Watch
 from intarsia.host.output import Root
 from intarsia.host.probe import memories
-from intarsia.host.sequence import DecoderMask, SequenceSocket
-from intarsia.host.socket import Slot, Socket, Tap, key_of
-from intarsia.host.weights import WeightSocket, slot_key
+from intarsia.host.record import Entry, Record
+from intarsia.host.transfer import fill, flattened, whole
 from intarsia.methods import Method
 from intarsia.methods.method import side
 from intarsia.modules import Card, Module, check_name
 from intarsia.patches import Delta, Form
-from intarsia.patches.delta import reads_call
-from intarsia.sites.address import Site, SiteMap
+from intarsia.sites.address import Site
 from intarsia.sites.anatomy import Anatomy
 from intarsia.sites.fingerprint import Fingerprint, fingerprint
 from intarsia.sites.resolve import resolve
 
 Expression = Expr | str
-
-
-@dataclass
-class Entry:
-    """What a host knows of a module it carries, besides the deltas in the sockets."""
-
-    method: Method
-    built: Built
-    labels: tuple[str, ...] | None
-    roles: Mapping[str, str] = field(default_factory=dict)
-    requires: tuple[str, ...] = ()
-    context: Mapping[str, Any] = field(default_factory=dict)
-    card: Card | None = None
-
-
-@dataclass
-class Record:
-    """All that a host has done to a model.  Lives on the model's root child, so that a deep or pickled copy of the model
-    carries its own (`Host.of`)."""
-
-    sites: SiteMap
-    flags: dict[str, bool]
-    entries: dict[str, Entry] = field(default_factory=dict)
-    hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
-    children: list[tuple[nn.Module, str]] = field(default_factory=list)
-    implementation: str | None = None
-    numbers: int = 0
 
 
 class Host:
@@ -106,17 +75,18 @@ class Host:
         if not others:
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
-        self._bind(model, state, Record(sites, flags), tokenizer, base_name)
-        self._root = self._attach_root()
+        record = Record(sites, flags)
+        self._bind(Attachment(model, state, record), tokenizer, base_name)
 
-    def _bind(self, model: PreTrainedModel, state: State, record: Record, tokenizer: Any, base_name: str) -> None:
+    def _bind(self, attachment: Attachment, tokenizer: Any, base_name: str) -> None:
+        model = attachment.model
         self.model = model
         self.tokenizer = tokenizer
         self.base_name = base_name or str(getattr(model.config, "_name_or_path", "") or "")
-        self.sites = record.sites
-        self._state = state
-        self._record = record
-        self._entries = record.entries
+        self.sites = attachment.record.sites
+        self._attachment = attachment
+        self._state = attachment.state
+        self._entries = attachment.record.entries
         self._fingerprint: Fingerprint | None = None
         self._lock = threading.RLock()
 
@@ -127,8 +97,7 @@ class Host:
         if root is None:
             raise SiteError(f"this {type(model).__name__} carries no modules; make a host with Host(model)")
         host = cls.__new__(cls)
-        host._bind(model, root.state, root.record, tokenizer, base_name)
-        host._root = root
+        host._bind(Attachment(model, root.state, root.record, root), tokenizer, base_name)
         return host
 
     # -- what is here ------------------------------------------------------------------------------------------------
@@ -200,7 +169,7 @@ class Host:
         return self._entries[name]
 
     def _traits(self) -> dict[str, Traits]:
-        return {name: _traits(entry) for name, entry in self._entries.items()}
+        return {name: entry.traits() for name, entry in self._entries.items()}
 
     # -- adding and removing -----------------------------------------------------------------------------------------
 
@@ -209,7 +178,7 @@ class Host:
         width = getattr(config, "hidden_size", None) or config.d_model
 
         def rows() -> Tensor | None:
-            module = self._root.embedding
+            module = self._attachment.root.embedding
             return None if module is None else module.weight  # type: ignore[return-value]
 
         return build(
@@ -229,7 +198,7 @@ class Host:
         built = self._build(method, seed)
         head = method.head
         entry = Entry(method, built, getattr(head, "labels", None), dict(roles or {}))
-        self._attach(name, entry)
+        self._put(name, entry)
         try:
             self._start_from_text(entry)
         except Exception:
@@ -244,7 +213,7 @@ class Host:
             for part in (part for delta in deltas for part in delta.form.modules()):
                 text = getattr(getattr(part, "spec", None), "text", ())
                 if text and hasattr(part, "start_from"):
-                    socket = self._find(self.model.get_submodule(site.path), "mem")
+                    socket = self._attachment.find(self.model.get_submodule(site.path), "mem")
                     waiting.setdefault(text, []).append((socket, part))
         for text, pairs in waiting.items():
             with self.using(None):
@@ -271,10 +240,15 @@ class Host:
         entry = Entry(
             module.method, built, module.labels, module.roles, module.requires, module.context, module.card
         )
-        self._attach(name, entry)
+        self._put(name, entry)
         for parameter in built.parameters().values():
             parameter.requires_grad_(False)
         return self
+
+    def _put(self, name: str, entry: Entry) -> None:
+        if self._fingerprint is None and not any(p.is_meta for p in self.model.parameters()):
+            self._fingerprint = fingerprint(self.model, self.tokenizer)  # now: later the base may be sharded
+        self._attachment.put(name, entry)
 
     def _new_name(self, name: str) -> str:
         name = check_name(name)
@@ -302,18 +276,7 @@ class Host:
         self._entry(name)
         if self._state.rest is not None and name in self._state.rest.names:
             raise CompositionError(f"module {name!r} is part of the resting expression; host.rest(None) first")
-        del self._entries[name]
-        self._root._modules.pop(key_of(name), None)
-        for host, key in self._record.children:
-            child = host._modules[key]
-            slots = child.slots.values() if isinstance(child, Socket | WeightSocket) else [getattr(child, "slot", None)]
-            for slot in slots:
-                if isinstance(slot, Slot):
-                    slot.take(name)
-            if isinstance(child, Socket | WeightSocket):
-                child.refresh()
-            elif isinstance(child, Watch):
-                child.names.discard(name)
+        self._attachment.take(name)
         return self
 
     def extract(self, name: str, *, flatten: bool = False, **context: Any) -> Module:
@@ -351,175 +314,6 @@ class Host:
             for parameter in entry.built.parameters().values():
                 parameter.requires_grad_(name in names)
         return self
-
-    # -- attaching ---------------------------------------------------------------------------------------------------
-
-    def _child(self, host: nn.Module, key: str, child: Child) -> Any:
-        key = f"intarsia{self._state.tag}_{key}"
-        child.train(host.training)
-        host.add_module(key, child)
-        self._record.children.append((host, key))
-        return child
-
-    def _find(self, host: nn.Module, key: str) -> Any:
-        return host._modules.get(f"intarsia{self._state.tag}_{key}")
-
-    def _attach_root(self) -> Root:
-        model = self.model
-        site = self.sites["logits"]
-        decoder = bool(model.config.is_encoder_decoder)
-        try:
-            embedding = model.get_input_embeddings()
-        except (NotImplementedError, AttributeError):
-            embedding = None
-        if embedding is not None and not isinstance(getattr(embedding, "weight", None), Tensor):
-            embedding = None
-        root = self._child(model, "root", Root(self._state, site, embedding, decoder))
-        root.__dict__["record"] = self._record
-        root.__dict__["checkpointed"] = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._record.hooks.append(model.register_forward_pre_hook(root.before, with_kwargs=True))
-        if decoder:
-            stack = model.get_decoder()
-        else:
-            stack = model.get_submodule(self.sites["seq"].path) if "seq" in self.sites else model.base_model
-        if stack is not None and stack is not model:
-            self._record.hooks.append(stack.register_forward_hook(root.note))
-        self._record.hooks.append(model.register_forward_hook(root.after, always_call=True))
-        return root
-
-    def _attach(self, name: str, entry: Entry) -> None:
-        """Put a module's deltas into sockets; nothing here can be refused any more except by the model's attention."""
-        if self._fingerprint is None and not any(p.is_meta for p in self.model.parameters()):
-            self._fingerprint = fingerprint(self.model, self.tokenizer)  # now: later the base may be sharded
-        sites = [site for site, _ in entry.built.deltas]
-        if any(site.port == "mem" for site in sites):
-            self._route_attention()
-        self._entries[name] = entry
-        if entry.built.shared:
-            parts = nn.ModuleDict({key_of(tag): part for tag, part in entry.built.shared.items()})
-            self._root.add_module(key_of(name), parts)
-        for site, deltas in entry.built.deltas:
-            slot = self._slot(site)
-            for delta in deltas:
-                delta.train(self.model.training)
-            slot.put(name, deltas)
-        for host, key in self._record.children:
-            child = host._modules[key]
-            if isinstance(child, Socket | WeightSocket):
-                child.refresh()
-        asking = [s for s, deltas in entry.built.deltas if s.port != "logits" and any(reads_call(d.form) for d in deltas)]
-        for stack in dict.fromkeys(site.stack for site in asking):
-            self._watch(stack).names.add(name)
-
-    def _watch(self, stack: str) -> Watch:
-        """What notes what a stack is given."""
-        if stack == "decoder":
-            module = self.model.get_decoder()
-        elif stack == "encoder":
-            module = self.model.get_encoder()
-        else:
-            module = self.model.get_submodule(self.sites["seq"].path) if "seq" in self.sites else self.model.base_model
-        watch = self._find(module, "watch")
-        if watch is None:
-            watch = self._child(module, "watch", Watch(self._state, stack))
-            self._record.hooks.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
-            self._record.hooks.append(module.register_forward_hook(watch.after, always_call=True))
-        return watch
-
-    def _slot(self, site: Site) -> Slot:
-        module = self.model.get_submodule(site.path)
-        if site.port == "weight":
-            return self._weight_slot(site)
-        if site.port == "mem":
-            memory = self._find(module, "mem")
-            if memory is None:
-                memory = self._child(module, "mem", MemorySocket(self._state, site))
-                memory.__dict__["number"] = self._number()
-                memory.__dict__["tap"] = None if site.reads is None else self._tap(site.reads, memory)
-            return memory.slot
-        if site.port == "seq":
-            return self._sequence_slot(site, module)
-        if site.port == "logits":
-            return self._root.slot
-        socket = self._find(module, site.port)
-        if socket is None:
-            socket = self._child(module, site.port, Socket(self._state))
-            socket.__dict__["number"] = self._number()
-            if site.port == "out":
-                self._record.hooks.append(module.register_forward_hook(socket.after, with_kwargs=True))
-            else:
-                self._record.hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True))
-        for what, path in (("residual", site.residual), ("reads", site.reads)):
-            if path is not None and what not in socket.taps:
-                socket.taps[what] = self._tap(path, socket)
-        if site.norm is not None:
-            socket.__dict__["norm"] = self.model.get_submodule(site.norm)
-        return socket.slot(site)
-
-    def _number(self) -> int:
-        self._record.numbers += 1
-        return self._record.numbers
-
-    def _tap(self, path: str, socket: Socket | MemorySocket) -> Tap:
-        module = self.model.get_submodule(path)
-        tap = self._find(module, "tap")
-        if tap is None:
-            tap = self._child(module, "tap", Tap(self._state))
-            self._record.hooks.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
-        tap.consumers[socket.number] = socket
-        return tap
-
-    def _weight_slot(self, site: Site) -> Slot:
-        key, slot = slot_key(site), None
-        for path, param in site.owners or ((site.path, site.param or "weight"),):
-            owner = self.model.get_submodule(path)
-            host = self.model.get_submodule(site.lend_at) if site.lend_at is not None else owner
-            socket = self._find(host, "weight")
-            if socket is None:
-                socket = self._child(host, "weight", WeightSocket(self._state))
-                self._record.hooks.append(host.register_forward_pre_hook(socket.before, with_kwargs=True))
-                # first of all hooks: with per-row expressions it runs the module anew
-                after = host.register_forward_hook(socket.after, with_kwargs=True, always_call=True, prepend=True)
-                self._record.hooks.append(after)
-            if key in socket.slots:
-                slot = socket.slots[key]
-            else:
-                slot = slot or Slot(site)
-                socket.adopt(slot, key, owner, param)
-        assert slot is not None
-        return slot
-
-    def _sequence_slot(self, site: Site, module: nn.Module) -> Slot:
-        socket = self._find(module, "seq")
-        if socket is None:
-            two_stacks = bool(self.model.config.is_encoder_decoder)
-            socket = self._child(module, "seq", SequenceSocket(self._state, site, keep=two_stacks))
-            self._record.hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True, prepend=True))
-            # before any hook that reads the stack's output
-            self._record.hooks.append(module.register_forward_hook(socket.after, prepend=True))
-            if two_stacks:
-                decoder = self.model.get_decoder()
-                mask = self._child(decoder, "mask", DecoderMask(self._state, socket.names))
-                self._record.hooks.append(decoder.register_forward_pre_hook(mask.before, with_kwargs=True))
-        return socket.slot
-
-    def _route_attention(self) -> None:
-        """Let this model's attention run through ours."""
-        current = self.model.config._attn_implementation
-        if current.startswith(attention.PREFIX):
-            return
-        if current not in attention.BASES:
-            raise SiteError(
-                f"prefixes need attn_implementation 'sdpa' or 'eager', {type(self.model).__name__} runs {current!r}; "
-                "call model.set_attn_implementation('sdpa') first"
-            )
-        self.model.set_attn_implementation(attention.PREFIX + current)
-        if self.model.config._attn_implementation != attention.PREFIX + current:
-            raise SiteError(
-                f"{type(self.model).__name__} does not let its attention be replaced, so prefixes cannot reach it; "
-                "use a method of another kind (lora, pfeiffer, prompt ...)"
-            )
-        self._record.implementation = current
 
     # -- calling -----------------------------------------------------------------------------------------------------
 
@@ -589,7 +383,7 @@ class Host:
     def why_not_foldable(self, expression: Expression) -> str | None:
         """The first reason why an expression cannot be folded into the base's weights, None if it can."""
         one = self.call(expression).exprs[0]
-        return why_not_foldable(one, self._slots(), self.model.get_submodule)
+        return why_not_foldable(one, self._attachment.slots(), self.model.get_submodule)
 
     def fold(self, expression: Expression, *, drop_head: bool = False) -> PreTrainedModel:
         """A copy of the base with the change inside: a plain transformers model without hooks.
@@ -607,7 +401,7 @@ class Host:
                 f"module {headed[0]!r} has a head, which is not a change of any base weight; fold with drop_head=True and "
                 "keep the head as a module"
             )
-        slots = [(s, slot) for s, slot in self._slots() if s.port != "logits"]
+        slots = [(s, slot) for s, slot in self._attachment.slots() if s.port != "logits"]
         reason = why_not_foldable(one, slots, self.model.get_submodule)
         if reason:
             raise CompositionError(f"{one} cannot be folded: {reason}")
@@ -615,35 +409,11 @@ class Host:
         Host.of(bare).close()
         return fold(bare, one, slots, self.sites, self.model.get_submodule)
 
-    def _slots(self) -> list[tuple[Site, Slot]]:
-        """Every site with deltas, each once."""
-        found: dict[str, tuple[Site, Slot]] = {}
-        for host, key in self._record.children:
-            child = host._modules[key]
-            slots = list(child.slots.values()) if isinstance(child, Socket | WeightSocket) else [getattr(child, "slot", None)]
-            for slot in slots:
-                if isinstance(slot, Slot) and slot.names:
-                    found[slot.site.name] = (slot.site, slot)
-        return list(found.values())
-
     # -- leaving -----------------------------------------------------------------------------------------------------
 
     def close(self) -> PreTrainedModel:
         """Remove everything this host put into the model and give the model back as it was."""
-        for handle in self._record.hooks:
-            handle.remove()
-        self._record.hooks.clear()
-        self._root.unpin()
-        for host, key in reversed(self._record.children):
-            del host._modules[key]
-        self._record.children.clear()
-        self._entries.clear()
-        self._state.rest = None
-        if self._record.implementation is not None and not any(isinstance(m, MemorySocket) for m in self.model.modules()):
-            self.model.set_attn_implementation(self._record.implementation)
-        if not any(isinstance(m, Root) for m in self.model.children()):
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(self._record.flags.get(name, parameter.requires_grad))
+        self._attachment.remove()
         return self.model
 
     def __enter__(self) -> Host:
@@ -664,68 +434,3 @@ def expr_of(value: Expression | None) -> Expr:
 def _causal(model: PreTrainedModel) -> bool:
     """Whether the model's attention looks back only (a decoder without its head cannot `generate`)."""
     return any(getattr(m, "is_causal", False) for m in model.modules())
-
-
-def _traits(entry: Entry) -> Traits:
-    blocks: dict[str, int] = {}
-    for site, deltas in entry.built.deltas:
-        for delta in deltas:
-            spec = next(p.form for p in entry.method.patches if p.name == delta.name)
-            if site.port in ("mem", "seq"):
-                blocks[site.name] = blocks.get(site.name, 0) + int(getattr(spec, "length", 0))
-    return Traits(entry.labels if entry.method.head is not None else None, blocks)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A detached copy on the CPU; of a sharded tensor all of it (every rank must call)."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu().clone()
-
-
-def flattened(entry: Entry, context: Mapping[str, Any]) -> tuple[Method, dict[str, Tensor]]:
-    """Method and tensors with every exportable form in its plain form under a context."""
-    specs: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    keep = entry.built.tensors()
-    for site, deltas in entry.built.deltas:
-        for delta in deltas:
-            exported = delta.form.export_for(context)
-            prefix = f"{site.name}/{delta.name}."
-            if exported is None:
-                tensors.update({k: t for k, t in keep.items() if k.startswith(prefix)})
-                continue
-            spec, plain = exported
-            if specs.setdefault(delta.name, spec) != spec:
-                raise SpecError(f"patch {delta.name!r} exports to different forms at different sites")
-            tensors.update({prefix + k: t for k, t in plain.items()})
-    patches = tuple(replace(p, form=specs.get(p.name, p.form)) for p in entry.method.patches)
-    return replace(entry.method, patches=patches), {**keep, **tensors}
-
-
-def fill(built: Built, module: Module) -> None:
-    """Copy a module's tensors into freshly built deltas, strictly.
-
-    Raises:
-        ModuleError: counts and first names of what is missing, extra or of another shape.
-    """
-    wanted = built.tensors()
-    problems = []
-    for what, keys in (
-        ("missing", [k for k in wanted if k not in module.tensors]),
-        ("unexpected", [k for k in module.tensors if k not in wanted]),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {what} ({listing(keys, 5)})")
-    shapes = [
-        f"{k}: {tuple(module.tensors[k].shape)} in the file, {tuple(t.shape)} on this model"
-        for k, t in wanted.items()
-        if k in module.tensors and module.tensors[k].shape != t.shape
-    ]
-    if shapes:
-        problems.append(f"{len(shapes)} of another shape ({listing(shapes, 3)})")
-    if problems:
-        raise ModuleError(f"module {module.name!r} does not fit this model: {'; '.join(problems)}")
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(module.tensors[key])
