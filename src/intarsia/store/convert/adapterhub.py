@@ -1,0 +1,331 @@
+"""`read_adapterhub`: a folder written by AdapterHub's `adapters` (1.x) as a module: bottleneck adapters, LoRA, (IA)^3, flat prefixes.
+
+With h the sub-layer's output and x its skip connection, a bottleneck there is one of ours at the same place:
+
+| theirs | ours |
+|---|---|
+| `original_ln_before`, `residual_before_ln=True` (seq_bn) | reads `normed`, adds to h |
+| neither LN (double_seq_bn) | reads `self`, adds to h |
+| `is_parallel` (par_bn) | reads `residual` (also in pre-LN models, where the paper reads what the sub-layer reads) |
+| `residual_before_ln=False` | its own skip connection is what it reads |
+| `original_ln_after=False` behind `original_ln_before` | at the layer norm's output |
+
+What has no equal here (invertible adapters, hypercomplex layers, ReFT, prompts behind the embedding norm) is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intarsia.errors import ModuleError, listing, nearest
+from intarsia.modules.card import Card
+from intarsia.modules.module import Module
+from intarsia.patches import Add, Affine, Attend, Bottleneck, Concat, Const, FormSpec, Gated, LowRank, Mul, Scaled
+from intarsia.sites.address import Site, SiteMap
+from intarsia.sites.fingerprint import Fingerprint
+from intarsia.store.convert.folder import as_float, read_config, read_tensors
+from intarsia.store.convert.paths import Paths
+from intarsia.store.convert.pieces import Piece, together
+from intarsia.store.convert.report import Report
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+
+#: where bottlenecks hang, by the end of the key in front of `.adapters.NAME.`: our sub-layer
+SLOTS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
+    (r"encoder\.layer\.(\d+)\.attention\.output", "{}.attn"),
+    (r"encoder\.layer\.(\d+)\.output", "{}.ffn"),
+    (r"(?:h|layers)\.(\d+)\.attention_adapters", "{}.attn"),
+    (r"(?:h|layers)\.(\d+)\.output_adapters", "{}.ffn"),
+    (r"encoder\.block\.(\d+)\.layer\.0", "encoder.{}.attn"),
+    (r"encoder\.block\.(\d+)\.layer\.1", "encoder.{}.ffn"),
+    (r"decoder\.block\.(\d+)\.layer\.0", "decoder.{}.attn"),
+    (r"decoder\.block\.(\d+)\.layer\.1", "decoder.{}.xattn"),
+    (r"decoder\.block\.(\d+)\.layer\.2", "decoder.{}.ffn"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.attention_adapters", "{}.{}.attn"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.cross_attention_adapters", "{}.{}.xattn"),
+    (r"(encoder|decoder)\.layers\.(\d+)\.output_adapters", "{}.{}.ffn"),
+))  # fmt: skip
+ACTIVATIONS: Mapping[str | None, str] = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "tanh": "tanh",
+                                         "leakyrelu": "leakyrelu", None: "identity"}  # fmt: skip
+#: sets of prefixes by our attention memories
+PREFIX_SETS: Mapping[str, tuple[str, ...]] = {"self_prefix": ("#.attn.mem", "decoder.#.attn.mem"), "encoder_prefix": ("encoder.#.attn.mem",),
+                                              "cross_prefix": ("decoder.#.xattn.mem",)}  # fmt: skip
+
+_TRAINING = {"dropout", "init_weights", "init_weights_seed", "stochastic_depth", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
+             "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "factorized_phm_W", "factorized_phm_rule", "dtype",
+             "bottleneck_size"}  # fmt: skip
+_BOTTLENECK = {"adapter_residual_before_ln", "cross_adapter", "inv_adapter", "inv_adapter_reduction_factor", "is_parallel", "leave_out", "ln_after",
+               "ln_before", "mh_adapter", "non_linearity", "original_ln_after", "original_ln_before", "output_adapter", "phm_layer",
+               "reduction_factor", "residual_before_ln", "scaling", "use_gating"}  # fmt: skip
+_LORA = {"alpha", "attn_matrices", "composition_mode", "intermediate_lora", "leave_out", "output_lora", "r", "selfattn_lora", "use_dora", "use_gating",
+         "vera_b", "vera_d"}  # fmt: skip
+_PREFIX = {"cross_prefix", "encoder_prefix", "flat", "leave_out", "non_linearity", "prefix_length", "shared_gating", "use_gating"}
+FIELDS: Mapping[str, set[str]] = {"bottleneck": _BOTTLENECK, "lora": _LORA, "prefix_tuning": _PREFIX}
+TOP = {"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+
+
+@dataclass
+class _Reading:
+    name: str
+    paths: Paths
+    sites: SiteMap
+    tensors: dict[str, Tensor]
+    pieces: list[Piece] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
+    carried: int = 0
+
+    def take(self, key: str) -> Tensor:
+        """A tensor, taken from the file's."""
+        self.carried += 1
+        return self.tensors.pop(key)
+
+    def groups(self, marker: str) -> dict[str, set[str]]:
+        """Keys with `.<marker>.<name>.` in them: what stands before it, and the leaves behind it."""
+        cut = f".{marker}.{self.name}."
+        found: dict[str, set[str]] = {}
+        for key in self.tensors:
+            before, middle, leaf = key.partition(cut)
+            if middle:
+                found.setdefault(before, set()).add(leaf)
+        return found
+
+
+def read_adapterhub(
+    folder: str | os.PathLike[str], *, sites: SiteMap, base: Fingerprint, name: str | None = None
+) -> tuple[Module, Report]:
+    """Read `adapter_config.json` and `adapter.safetensors`.
+
+    Args:
+        sites: of the model it is for, `resolve(model)`.
+        base: fingerprint of that model; the file does not say which it belongs to.
+        name: of the module; None for the adapter's.
+
+    Raises:
+        StoreError: a file is missing; pickled weights are refused.
+        ModuleError: a field, method or tensor that is not understood, or a layer that the model lacks.
+    """
+    folder = Path(folder)
+    raw = read_config(folder, CONFIG)
+    source = str(folder / CONFIG)
+    unknown = [key for key in raw if key not in TOP]
+    version = raw.get("version")
+    if unknown or not isinstance(version, str) or not version.startswith("adapters."):
+        what = f"unknown fields {listing(unknown)}" if unknown else f"version {version!r}"
+        raise ModuleError(f"{source}: {what}; files of adapters 1.x are read. Load an older one there and save it again")
+    config, adapter = raw.get("config"), raw.get("name")
+    if not isinstance(config, dict) or not isinstance(adapter, str) or not adapter:
+        raise ModuleError(f"{source}: 'config' is an object and 'name' a string, found {str(config)[:40]!r} and {adapter!r}")
+    tensors = {key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE).items()}
+    modules = [key.partition(f".loras.{adapter}.")[0] for key in tensors if f".loras.{adapter}." in key]
+    reading = _Reading(adapter, Paths(sites, modules), sites, tensors)
+    parts = config["configs"] if config.get("architecture") == "union" else [config]
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise ModuleError(f"{source}: 'configs' of a union is a list of objects")
+    kinds = [str(part.get("architecture") or "bottleneck") for part in parts]
+    if len(set(kinds)) != len(kinds):
+        raise ModuleError(f"{source}: a union of {listing(kinds)}; two of one kind cannot be told apart by their keys")
+    for kind, part in zip(kinds, parts):
+        _check(kind, part, source)
+        {"bottleneck": _bottlenecks, "lora": _loras, "prefix_tuning": _prefixes}[kind](reading, part)
+    if reading.tensors:
+        raise ModuleError(f"{folder}: {len(reading.tensors)} tensors that its configuration does not explain: {listing(sorted(reading.tensors), 4)}")
+    if not reading.pieces:
+        raise ModuleError(f"{folder}: it holds no tensors of adapter {adapter!r}")
+    left_out = ["the prediction head beside it: it belongs to a model class of adapters; train a head here"] if (folder / "head_config.json").exists() else []
+    method, ours = together("+".join(kinds), reading.pieces, source=f"adapters {version.removeprefix('adapters.')}, {'+'.join(kinds)}")
+    card = Card(base=str(raw.get("model_name") or ""), method=method.name, description=f"Read from files of {version}.")
+    return Module(name or adapter, method, ours, base, card=card), Report(str(folder), "+".join(kinds), reading.carried, tuple(left_out), tuple(reading.notes))
+
+
+def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
+    """Refuse methods and fields that are not understood."""
+    if kind not in FIELDS:
+        raise ModuleError(f"{source}: architecture {kind!r} is not read{nearest(kind, FIELDS)}; read are {listing(FIELDS)}")
+    known = FIELDS[kind] | _TRAINING | {"architecture"}
+    unknown = [key for key in config if key not in known]
+    if unknown:
+        raise ModuleError(f"{source}: {kind} has no field {listing(map(repr, unknown))}{nearest(unknown[0], known)}")
+    refused = {
+        "inv_adapter": "invertible adapters at the embeddings have no place here yet", "phm_layer": "hypercomplex (Compacter) layers are not read",
+        "use_dora": "its DoRA scales the bias and leaves the scale out of the norm, which is another formula", "vera_d": "its VeRA is not read",
+    }  # fmt: skip
+    for key, reason in refused.items():
+        if config.get(key):
+            raise ModuleError(f"{source}: {key}={config[key]!r}: {reason}")
+
+
+def _site(reading: _Reading, slot: str) -> Site:
+    for pattern, site in SLOTS:
+        found = pattern.fullmatch(slot)
+        if found:
+            name = site.format(*found.groups())
+            if name not in reading.sites:
+                raise ModuleError(f"{slot} would be {name}, which {reading.sites.model} lacks; is this the model it was trained on?")
+            return reading.sites[name]
+    raise ModuleError(f"{slot}.adapters: no sub-layer is known by this path")
+
+
+def _bottlenecks(reading: _Reading, config: Mapping[str, Any]) -> None:
+    for slot, leaves in reading.groups("adapters").items():
+        site = _site(reading, slot)
+        lead = f"{slot}.adapters.{reading.name}."
+        first = "adapter_down.1" if config["ln_before"] else "adapter_down.0"
+        names = {f"{first}.weight": "down.value", f"{first}.bias": "down_bias", "adapter_up.weight": "up.value", "adapter_up.bias": "up_bias"}
+        if config["ln_before"]:
+            for leaf in ("weight", "bias"):
+                names[f"adapter_norm_before.{leaf}"] = f"norm_in.{leaf}"
+                if f"adapter_down.0.{leaf}" in leaves and not torch.equal(
+                    reading.take(f"{lead}adapter_down.0.{leaf}"), reading.tensors[f"{lead}adapter_norm_before.{leaf}"]
+                ):
+                    raise ModuleError(f"{lead}adapter_down.0.{leaf} is not the copy of adapter_norm_before.{leaf} that it should be")
+        if config["ln_after"]:
+            names |= {f"adapter_norm_after.{leaf}": f"norm_out.{leaf}" for leaf in ("weight", "bias")}
+        missing = [name for name in names if lead + name not in reading.tensors]
+        if missing:
+            raise ModuleError(f"{lead}: tensors are missing: {listing(missing)}")
+        ours = {our: reading.take(lead + theirs) for theirs, our in names.items()}
+        reading.pieces.append(_bottleneck(reading, config, site, lead, ours))
+
+
+def _bottleneck(reading: _Reading, config: Mapping[str, Any], site: Site, lead: str, ours: dict[str, Tensor]) -> Piece:
+    before, after, residual = config["original_ln_before"], config["original_ln_after"], config["residual_before_ln"]
+    parallel, scaling = config["is_parallel"], config["scaling"]
+    if residual == "post_add" or (not after and (parallel or not before or residual)):
+        raise ModuleError(f"residual_before_ln={residual!r} with original_ln_before={before}, original_ln_after={after} adds the skip connection in a way no adapter here does")
+    activation = config["non_linearity"]
+    activation = activation.lower() if isinstance(activation, str) else activation
+    if activation not in ACTIVATIONS:
+        raise ModuleError(f"non_linearity={activation!r} is not read{nearest(str(activation), [a for a in ACTIVATIONS if a])}")
+    own = "self"
+    if config["ln_after"] and not parallel and config["adapter_residual_before_ln"]:
+        own = "inside"
+    elif not residual and not parallel and before and after:
+        own = "read"
+    read = "residual" if parallel else "normed" if before else "self"
+    if not after and site.norm is not None:  # a post-LN model whose last norm is left out: behind the norm
+        site, read = reading.sites[f"{site.name}.norm"], "self"
+    if own == "inside" and (before or scaling != 1.0):
+        raise ModuleError("adapter_residual_before_ln under ln_after is read only without original_ln_before and with scaling 1")
+    norm = {(False, False): "none", (True, False): "in", (False, True): "out", (True, True): "both"}[bool(config["ln_before"]), bool(config["ln_after"])]
+    form: FormSpec = Bottleneck(
+        ours["down.value"].shape[0], activation=ACTIVATIONS[activation], read=read, dropout=float(config["dropout"]),  # type: ignore[arg-type]
+        norm=norm, residual=own,  # type: ignore[arg-type]
+    )  # fmt: skip
+    scale = 1.0
+    if config["use_gating"]:
+        if own != "self" or norm in ("out", "both") or scaling == "learned":
+            raise ModuleError("a gated adapter is read only with its plain skip connection, without a norm behind it and with a fixed scaling")
+        form = Gated(form, read, masked=False)  # type: ignore[arg-type]
+        ours = {f"inner.{leaf}": tensor for leaf, tensor in ours.items()}
+        ours |= {"gate": reading.take(f"{lead}gate.weight")[0], "gate_bias": reading.take(f"{lead}gate.bias")}
+    if scaling == "learned":
+        if own != "self" or norm in ("out", "both"):
+            raise ModuleError("a learned scaling inside a norm or beside another skip connection is not read")
+        form = Scaled(form)
+        ours = {**{f"inner.{leaf}": tensor for leaf, tensor in ours.items()}, "scale": reading.take(f"{lead}scaling")}
+    elif isinstance(scaling, int | float) and not isinstance(scaling, bool):
+        scale = float(scaling)
+    else:
+        raise ModuleError(f"scaling={scaling!r} is not read; a number or 'learned' is")
+    if scale != 1.0 and (own != "self" or norm in ("out", "both")):
+        raise ModuleError(f"scaling={scale} inside a norm or beside another skip connection is not read")
+    return Piece(site.name, "adapter", form, Add(scale), "out", ours)
+
+
+def _loras(reading: _Reading, config: Mapping[str, Any]) -> None:
+    scaled = config["composition_mode"] == "scale"
+    if not scaled and config["composition_mode"] != "add":
+        raise ModuleError(f"composition_mode={config['composition_mode']!r} is not read; 'add' and 'scale' are")
+    if scaled and config["use_gating"]:
+        raise ModuleError("a gated (IA)^3 is not read")
+    for path, leaves in reading.groups("loras").items():
+        found = reading.paths.split(f"{path}.x")
+        if found is None or found[1] != "x":
+            raise ModuleError(f"{path}: {reading.sites.model} has no such module; is this the model it was trained on?")
+        lead = f"{path}.loras.{reading.name}."
+        needed = ({"lora_B"} if scaled else {"lora_A", "lora_B"}) | ({"gate.weight", "gate.bias"} if config["use_gating"] else set())
+        if leaves != needed:
+            raise ModuleError(f"{lead}: expected the tensors {listing(sorted(needed))}, found {listing(sorted(leaves))}")
+        tensors = {leaf: reading.take(lead + leaf) for leaf in sorted(leaves)}
+        for site, part in _parts(reading, config, found[0], tensors):
+            reading.pieces.append(_scaled(config, site, part) if scaled else _lora(config, site, part))
+
+
+def _parts(reading: _Reading, config: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> list[tuple[Site, dict[str, Tensor]]]:
+    """The sites of a module and their share of its tensors; a fused projection has one share for each matrix named."""
+    sites = [site for site in reading.paths.out.get(path, []) if site.view is not None]
+    if not sites:
+        return [(reading.paths.linear(path), tensors)]
+    matrices = [m for m in ("q", "k", "v") if m in config["attn_matrices"]]
+    by_word = {site.name.rpartition(".")[2]: site for site in sites}
+    count = len(matrices)
+    shares = {leaf: tensor.chunk(count) for leaf, tensor in tensors.items()}
+    if any(m not in by_word for m in matrices) or any(len(share) != count for share in shares.values()):
+        raise ModuleError(f"{path}: {listing(matrices)} are not the parts of this projection ({listing(by_word)}), or do not divide its tensors")
+    return [(by_word[m], {leaf: share[i] for leaf, share in shares.items()}) for i, m in enumerate(matrices)]
+
+
+def _scaled(config: Mapping[str, Any], site: Site, tensors: dict[str, Tensor]) -> Piece:
+    return Piece(site.name, "scale", Const("ones"), Mul(), "out", {"value": tensors["lora_B"][:, 0] * float(config["alpha"])})
+
+
+def _lora(config: Mapping[str, Any], site: Site, tensors: dict[str, Tensor]) -> Piece:
+    rank = tensors["lora_A"].shape[0]
+    if rank != config["r"]:
+        raise ModuleError(f"{site.name}: the configuration says rank {config['r']}, the tensors have rank {rank}")
+    ours = {"factor.down": tensors["lora_A"], "factor.up": tensors["lora_B"]}
+    form: FormSpec = Affine(LowRank(rank), float(config["dropout"]))
+    if not config["use_gating"]:
+        return Piece(site.name, "lora", form, Add(float(config["alpha"]) / rank), "out", ours)
+    gate = {"gate": tensors["gate.weight"][0], "gate_bias": tensors["gate.bias"]}
+    return Piece(site.name, "lora", Gated(form, masked=False), Add(), "out", {**{f"inner.{k}": t for k, t in ours.items()}, **gate})
+
+
+def _prefixes(reading: _Reading, config: Mapping[str, Any]) -> None:
+    """[P * 2 * layers * heads * size]: positions first, then key and value of layer 0, of layer 1 ..."""
+    if config["use_gating"]:
+        raise ModuleError("a gated prefix is not read")
+    length = int(config["prefix_length"])
+    copies = [key for key in reading.tensors if ".prefix_tuning.pool." in key]
+    originals = {key.rpartition("prefix_tuning.")[2]: key for key in reading.tensors if key not in copies}
+    for key in copies:
+        original = originals.get(key.partition(".prefix_tuning.pool.")[2])
+        if original is None or not torch.equal(reading.tensors[original], reading.tensors[key]):
+            raise ModuleError(f"{key} is not the copy of the model's prefix that it should be")
+        reading.take(key)
+    for which, patterns in PREFIX_SETS.items():
+        keys = [key for key in reading.tensors if f"prefix_tunings.{reading.name}.{which}." in key]
+        if not keys:
+            continue
+        memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and _like(site.name, pattern)]
+        if len(keys) != 1 or not keys[0].endswith("control_trans"):
+            raise ModuleError(f"{keys[0]}: a prefix behind a network; flatten it there (eject_prefix_tuning) and save it again")
+        if not memories:
+            raise ModuleError(f"{keys[0]}: {reading.sites.model} has no attention for it")
+        if memories[0].stack and f"{memories[0].stack}.embed.position" not in reading.sites:
+            raise ModuleError(
+                f"{keys[0]}: {reading.sites.model} has relative positions, which adapters counts from the start of the prefix and a module here from "
+                "the first token: the outputs would differ"
+            )
+        flat = reading.take(keys[0])
+        heads, size = memories[0].heads  # type: ignore[misc]
+        if flat.numel() != length * 2 * len(memories) * heads * size:
+            raise ModuleError(f"{keys[0]} has {flat.numel()} numbers; {length} positions of {len(memories)} layers need {length * 2 * len(memories) * heads * size}")
+        blocks = flat.view(length, 2 * len(memories), heads, size).permute(1, 2, 0, 3)
+        for index, site in enumerate(memories):
+            found = {"keys": blocks[2 * index].clone(), "values": blocks[2 * index + 1].clone()}
+            reading.pieces.append(Piece(site.name, "prefix", Attend(length, None, float(config["dropout"])), Concat(), "mem", found))
+
+
+def _like(name: str, pattern: str) -> bool:
+    """Whether a whole name has the form of a pattern in which # is a number."""
+    words, wanted = name.split("."), pattern.split(".")
+    return len(words) == len(wanted) and all(w == p or (p == "#" and w.isdecimal()) for w, p in zip(words, wanted))
