@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from intarsia.host import Host
 from intarsia.methods import build
 from tests import zoo
 from tests.host import kit
 from tests.host.test_checkpointing import gradients
+from tests.host.test_distributed import launch
 
 METHODS = ("dora", "pissa", "vera", "said", "oft", "boft", "hira", "road", "svft")
 
@@ -90,6 +92,28 @@ def test_seen_weight_is_cut_and_turned() -> None:
         with host.using("a"):
             doubled = kit.run(model, inputs)
         assert torch.allclose(kit.run(host.fold("a"), inputs), doubled, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ddp_and_fsdp2() -> None:
+    methods = (*METHODS, "lora_fa", "c3a", "fourierft", "gralora")
+    assert len(launch("bert,llama", ",".join(methods))) == 2 * len(methods)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", (*METHODS, "lora_fa", "lokr", "c3a", "fourierft", "hra", "gralora"))
+def test_one_graph(method: str) -> None:
+    for family in ("bert", "llama"):
+        model, inputs, host = kit.woven(family, method)
+        options = {} if family == "bert" else {"use_cache": False}
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        run = host.compile(backend=counter, fullgraph=True)
+        with host.using("a"):
+            wanted = kit.run(model, inputs)
+        for _ in range(2):
+            assert torch.allclose(kit.answer(run("a", **inputs, **options)), wanted, atol=1e-4)
+        assert counter.frame_count == 1
 
 
 def test_two_modules_do_not_share_their_frozen_parts() -> None:

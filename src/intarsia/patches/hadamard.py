@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,13 +13,17 @@ STEP = 64
 """Size of the dense Hadamard matrices the transform is made of."""
 
 
-@cache
-def _matrix(n: int) -> Tensor:
-    """Hadamard matrix of order n, a power of two."""
+def _matrices() -> dict[int, Tensor]:
+    """Hadamard matrices of the orders 1, 2, 4 ... `STEP`."""
     h = torch.ones(1, 1)
-    while len(h) < n:
+    found = {1: h}
+    while len(h) < STEP:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h
+        found[len(h)] = h
+    return found
+
+
+_MATRICES = _matrices()
 
 
 def transform(x: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def transform(x: Tensor) -> Tensor:
     y, done = x.reshape(-1, n), 1
     while done < n:
         size = min(STEP, n // done)
-        matrix = _matrix(size).to(x.device, x.dtype)
+        matrix = _MATRICES[size].to(x.device, x.dtype)
         y = matrix @ y.reshape(-1, size, done)
         done *= size
     return y.reshape(x.shape)
