@@ -25,11 +25,10 @@ def test_nothing_heavy_is_imported() -> None:
 
 
 def test_help_is_quick() -> None:
-    """Under 0.3 s of CPU time beyond what the interpreter itself takes on this machine."""
+    """Under 0.3 s of CPU time, start of the interpreter included; of ten tries one must do, as other processes disturb."""
     command = [sys.executable, "-m", "intarsia", "--help"]
-    cpu_seconds(command)  # writes the byte code
-    seconds = min(cpu_seconds(command) for _ in range(5))
-    assert seconds < LIMIT, seconds
+    tries = (cpu_seconds(command) for _ in range(10))
+    assert any(seconds < LIMIT for seconds in tries)
 
 
 def test_help_names_every_verb(cli: Here) -> None:
