@@ -1,8 +1,9 @@
 """The file formats of other libraries, read into modules and written from them, with a report of what could not be carried."""
 
 from intarsia.store.convert.adapterhub import read_adapterhub
+from intarsia.store.convert.adapterhub_write import write_adapterhub
 from intarsia.store.convert.peft_read import read_peft
 from intarsia.store.convert.peft_write import write_peft
 from intarsia.store.convert.report import Report
 
-__all__ = ["Report", "read_adapterhub", "read_peft", "write_peft"]
+__all__ = ["Report", "read_adapterhub", "read_peft", "write_adapterhub", "write_peft"]
