@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.data import read
-from intarsia.demo import run as demo
+from intarsia.demo import plan as plans
 from intarsia.demo.pages import page_table
 from intarsia.demo.plan import LANGUAGES, PLAN, RECIPE, UNSEEN, Plan
 from intarsia.modules import load
@@ -25,7 +25,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 
 def test_everything_is_there_and_agrees(cli: Here, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(demo.run.__kwdefaults__, "plan", plan)
+    monkeypatch.setattr(plans, "PLAN", plan)
     out = tmp_path / "out"
     told = cli("demo", "--out", str(out), "--json", "--quiet").ok().json
     assert [m["method"] for m in told["methods"]] == list(plan.methods)
@@ -58,11 +58,11 @@ def test_everything_is_there_and_agrees(cli: Here, plan: Plan, tmp_path: Path, m
 def test_the_screen_tells_the_story_and_a_second_run_replaces_the_first(
     cli: Here, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(demo.run.__kwdefaults__, "plan", replace(plan, methods={"lora": {}, "pfeiffer": {}}))
+    monkeypatch.setattr(plans, "PLAN", replace(plan, methods={"lora": {}, "pfeiffer": {}}))
     first = cli("demo", "--out", str(tmp_path)).ok()
     for step in range(1, 6):
         assert f"[{step}/5]" in first.out
-    assert "Next:  intarsia predict" in first.out and "intarsia train --base me5-small" in first.out
+    assert "Next:  intarsia predict" in first.out and f"intarsia train --base {plan.base}" in first.out
     assert "lora 1/2" in first.err or "lora: 2 steps" in first.err  # progress goes to standard error
     before = json.dumps(list(read(tmp_path / "languages.csv")))
     second = cli("demo", "--out", str(tmp_path), "--quiet").ok()
@@ -70,7 +70,7 @@ def test_the_screen_tells_the_story_and_a_second_run_replaces_the_first(
 
 
 def test_a_folder_that_is_a_file(cli: Here, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(demo.run.__kwdefaults__, "plan", plan)
+    monkeypatch.setattr(plans, "PLAN", plan)
     (tmp_path / "out").write_text("", "utf-8")
     assert "--out" in cli("demo", "--out", str(tmp_path / "out")).error(5)
 

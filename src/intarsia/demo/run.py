@@ -41,11 +41,12 @@ class Screen(Protocol):
         """A table."""
 
 
-def run(out: Path, screen: Screen, progress: Progress, *, plan: Plan = PLAN) -> Outcome:
+def run(out: Path, screen: Screen, progress: Progress, *, plan: Plan = PLAN, allow_network: bool = False) -> Outcome:
     """Run the demo and write its report into a folder.
 
     Args:
         out: the folder; made if it is not there, the files of an earlier demo in it are replaced.
+        allow_network: the base may be fetched from the hub.
 
     Raises:
         BaseError: the base's package is not installed; the message says what to type.
@@ -54,13 +55,13 @@ def run(out: Path, screen: Screen, progress: Progress, *, plan: Plan = PLAN) -> 
     began = time.perf_counter()
     folder = make_folder(out)
     tables = load_tables(plan)
-    base = load_base(plan, screen)
+    base = load_base(plan, screen, allow_network)
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     outcome = Outcome(
         plan, base.name, sum(p.numel() for p in base.model.parameters()), host.fingerprint.weights, base.source, base.licence, machine()
     )
 
-    screen.line(f"[1/5] base {base.name}: {outcome.parameters:,} parameters, {outcome.machine}, nothing is fetched")
+    screen.line(f"[1/5] base {base.name}: {outcome.parameters:,} parameters, {outcome.machine}{'' if allow_network else ', offline'}")
     check_data(outcome, base, tables)
     screen.table(*check_table(outcome))
     screen.line("* not among the languages the base's vocabulary was made for")
@@ -117,13 +118,13 @@ def make_folder(out: Path) -> Path:
     return folder
 
 
-def load_base(plan: Plan, screen: Screen) -> bases.Base:
+def load_base(plan: Plan, screen: Screen, allow_network: bool) -> bases.Base:
     """The base; the first use of an embedded one converts it, which takes a moment."""
     screen.note(f"intarsia {version('intarsia')}: loading {plan.base}")
     fresh = any(info.name == plan.base and info.installed and info.cached is None for info in bases.list_bases())
     if fresh:
         screen.note(f"first use of {plan.base}: converting it into the cache, half a minute")
-    return bases.load(plan.base, head="none")
+    return bases.load(plan.base, head="none", allow_network=allow_network)
 
 
 def machine() -> str:
@@ -141,8 +142,8 @@ def what_next(outcome: Outcome) -> str:
         f"intarsia module show {files[outcome.best]}",
     ]
     own = [
-        "intarsia data check train.csv dev.csv --base me5-small",
-        "intarsia train --base me5-small --train train.csv --dev dev.csv --method lora",
+        f"intarsia data check train.csv dev.csv --base {outcome.plan.base}",
+        f"intarsia train --base {outcome.plan.base} --train train.csv --dev dev.csv --method lora",
         "intarsia methods",
     ]
     return "\nNext:  " + "\n       ".join(lines) + "\nYour own data (csv, tsv or jsonl with the columns text and label):\n       " + "\n       ".join(own)
