@@ -31,7 +31,7 @@ from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Attend, Bottleneck, Concat, Const, FormSpec, Gated, LowRank, Mul, Scaled
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.folder import as_float, read_config, read_tensors
+from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
 from intarsia.store.convert.report import Report
@@ -112,7 +112,11 @@ def read_adapterhub(
         StoreError: a file is missing; pickled weights are refused.
         ModuleError: a field, method or tensor that is not understood, or a layer that the model lacks.
     """
-    folder = Path(folder)
+    with sound(os.fspath(folder)):
+        return _read(Path(folder), sites, base, name)
+
+
+def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None) -> tuple[Module, Report]:
     raw = read_config(folder, CONFIG)
     source = str(folder / CONFIG)
     unknown = [key for key in raw if key not in TOP]

@@ -5,9 +5,10 @@ Pickled weights (`.bin`, `.pt`) are refused: opening one can run code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,28 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from intarsia._codec import parse_json
-from intarsia.errors import ModuleError, SpecError, StoreError, listing
+from intarsia.errors import IntarsiaError, ModuleError, SpecError, StoreError, listing
 from intarsia.modules.atomic import write_atomic
 from intarsia.modules.file import check_finite
 
 MAX_CONFIG = 4_000_000
 MAX_HEADER = 4_000_000
 MAX_TENSORS = 20_000
+
+
+@contextlib.contextmanager
+def sound(source: str) -> Iterator[None]:
+    """Turn what goes wrong when fields or tensors of a file do not fit together into an error that says so.
+
+    A file may hold any value of any type; what a reader makes of it without looking at each is caught here.
+    """
+    try:
+        yield
+    except IntarsiaError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"the field or tensor {error} is missing" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModuleError(f"{source}: its fields and tensors do not fit together ({what})") from error
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

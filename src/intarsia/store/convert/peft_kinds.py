@@ -55,6 +55,8 @@ Entry = Literal["out", "weight", "in"]
 Made = tuple[FormSpec, OpSpec]
 Fields = dict[str, Any]
 
+#: of the series for a rotation; a file must not make a module that computes for hours
+MAX_TERMS = 100
 #: (theirs -> ours, ours -> theirs)
 LAYOUTS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "same": (lambda t: t, lambda t: t),
@@ -294,6 +296,8 @@ def _added(patch: Patch) -> FactorSpec | None:
 def _oft(config: Config, layer: Layer) -> Made:
     angles = layer.tensors["oft_R.weight"]
     terms = int(config["num_cayley_neumann_terms"]) if config["use_cayley_neumann"] else None
+    if terms is not None and not 1 <= terms <= MAX_TERMS:
+        raise ModuleError(f"num_cayley_neumann_terms={terms}: from 1 to {MAX_TERMS} are read")
     return _turn(Affine(Cayley(_block_of(angles.shape[1]), bool(config["block_share"]), terms), read="self"))
 
 

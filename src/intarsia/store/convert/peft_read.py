@@ -16,7 +16,7 @@ from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Attend, Concat, Diag, FormSpec, Matrix, OpSpec, Rot, Tokens
 from intarsia.sites.address import SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.folder import as_float, read_config, read_tensors
+from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
 from intarsia.store.convert.peft_kinds import KINDS, Layer
@@ -65,7 +65,13 @@ def read_peft(
         StoreError: a file is missing; pickled weights are refused.
         ModuleError: unknown field, method or tensor; a layer that the model lacks; layers of the model that the file lacks.
     """
-    folder = Path(folder)
+    with sound(os.fspath(folder)):
+        return _read(Path(folder), sites, base, name, weights)
+
+
+def _read(
+    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None
+) -> tuple[Module, Report]:
     config = check(read_config(folder, CONFIG), str(folder / CONFIG))
     tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in read_tensors(folder, WEIGHTS, PICKLE).items()}
     inner = {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)}
