@@ -108,7 +108,8 @@ def test_union_keeps_every_patch() -> None:
     both = union("both", build("lora"), build("ia3"), build("pfeiffer"))
     assert [p.name for p in both.patches] == ["lora", "scale", "scale_ffn", "adapter"]
     twice = union("twice", build("lora"), build("lora", at="ffn.up"))
-    assert len({p.name for p in twice.patches}) == 2
+    assert [p.name for p in twice.patches] == ["lora", "lora_2"]
+    assert [p.name for p in union("thrice", *[build("lora")] * 3).patches] == ["lora", "lora_2", "lora_3"]
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.sampled_from(["mean", "first", "last"]), st.sampled_from(["left", "right"]))

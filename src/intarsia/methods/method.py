@@ -182,12 +182,15 @@ def head_patch(head: HeadSpec) -> Patch:
 
 
 def union(name: str, *methods: Method, policy: Policy | None = None, source: str = "") -> Method:
-    """The patches of several methods as one; patch names get the method's name in front where they collide."""
+    """The patches of several methods as one; where patch names collide the later ones are numbered."""
     patches: list[Patch] = []
     taken: set[str] = set()
     for method in methods:
         for patch in method.patches:
-            unique = patch.name if patch.name not in taken else f"{method.name}_{patch.name}"
+            unique, number = patch.name, 1
+            while unique in taken:
+                number += 1
+                unique = f"{patch.name}_{number}"
             taken.add(unique)
             patches.append(replace(patch, name=unique))
     return Method(name, tuple(patches), policy or methods[0].policy, source or "; ".join(m.source for m in methods))
