@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mam": {"length": 3, "reparameterise": 8, "width": 4},
     "unipelt": {"length": 3, "reparameterise": 8, "reduction": 4, "rank": 2},
     "perfect": {"reduction": 8},
+    "lst": {"reduction": 4, "head_size": 4},
     # low rank
     "rslora": {"rank": 4},
     "lora_plus": {"rank": 4},
@@ -99,6 +100,7 @@ def lacks(family: str, name: str) -> bool:
     return (
         (name in MEMORY and family in NO_MEMORY)
         or (name in TOKENS and family in NO_TOKENS)
+        or (name == "lst" and family == "albert")
         or (name == "ia3" and family == "mixtral")
     )
 

@@ -52,6 +52,7 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("t5-base", "hyperformer", {"tasks": EIGHT}, 122_327_168),
     ("t5-base", "hyperformer_pp", {"tasks": EIGHT}, 5_211_056),
     ("t5-base", "adapterdrop", {"base": "houlsby", "width": 24, "lowest": 5}, 1_101_984),
+    ("t5-base", "lst", {}, 3_878_712),
     # RoBERTa-large
     ("roberta-large", "perfect", {}, 3_272_192),
     ("roberta-large", "perfect", {"labels": ("bad", "good"), "masks": 2}, 3_272_192 + 1024 * 2 * 2),

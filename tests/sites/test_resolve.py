@@ -201,7 +201,7 @@ def test_order_of_sites_is_the_order_of_the_forward_pass() -> None:
         "seq", "embed", "stem", "0.attn.norm", "0.attn.q", "0.attn.k", "0.attn.v", "0.attn.mem", "0.attn.heads", "0.attn.o",
         "0.attn", "0.ffn.norm", "0.ffn.gate",
     ]  # fmt: skip
-    assert names[-3:] == ["final.norm", "head", "logits"]
+    assert names[-4:] == ["final.norm", "head.in", "head", "logits"]
 
 
 @pytest.mark.parametrize(

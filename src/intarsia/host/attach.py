@@ -15,7 +15,7 @@ from intarsia.errors import SiteError
 from intarsia.host import attention
 from intarsia.host.attention import MemorySocket
 from intarsia.host.call import Child, State
-from intarsia.host.given import Watch
+from intarsia.host.given import Rung, Watch
 from intarsia.host.output import Root
 from intarsia.host.record import Entry, Record
 from intarsia.host.sequence import DecoderMask, SequenceSocket
@@ -93,6 +93,23 @@ class Attachment:
         asking = [s for s, deltas in entry.built.deltas if s.port != "logits" and any(reads_call(d.form) for d in deltas)]
         for stack in dict.fromkeys(site.stack for site in asking):
             self._watch(stack).names.add(name)
+        if any(getattr(d.form, "reads_taps", False) for _, deltas in entry.built.deltas for d in deltas):
+            for stack, blocks in self.record.sites.layers.items():
+                self._tap_blocks(stack, blocks, name)
+
+    def _tap_blocks(self, stack: str, blocks: int, name: str) -> None:
+        """Let the blocks of a stack show a module what they give."""
+        watch = self._watch(stack)
+        watch.names.add(name)
+        watch.tapping.add(name)
+        for number in range(blocks):
+            block = self.model.get_submodule(self.record.sites[f"{stack}.{number}".lstrip(".")].path)
+            if self.find(block, "rung") is None:
+                rung = self.child(block, "rung", Rung(self.state, watch))
+                if number == 0:
+                    self.record.hooks.append(block.register_forward_pre_hook(rung.before, with_kwargs=True))
+                # before what changes the block's output
+                self.record.hooks.append(block.register_forward_hook(rung.after, prepend=True))
 
     def _watch(self, stack: str) -> Watch:
         """What notes what a stack is given."""
@@ -104,7 +121,7 @@ class Attachment:
             module = self.model.get_submodule(self.record.sites["seq"].path) if "seq" in self.record.sites else self.model.base_model
         watch = self.find(module, "watch")
         if watch is None:
-            watch = self.child(module, "watch", Watch(self.state, stack))
+            watch = self.child(module, "watch", Watch(self.state, stack, self.record.sites.layers.get(stack, 0)))
             self.record.hooks.append(module.register_forward_pre_hook(watch.before, with_kwargs=True))
             self.record.hooks.append(module.register_forward_hook(watch.after, always_call=True))
         return watch
@@ -215,7 +232,7 @@ class Attachment:
             if isinstance(child, Socket | WeightSocket):
                 child.refresh()
             elif isinstance(child, Watch):
-                child.names.discard(name)
+                child.forget(name)
 
     def slots(self) -> list[tuple[Site, Slot]]:
         """Every site with deltas, each once."""

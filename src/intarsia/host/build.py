@@ -117,6 +117,7 @@ def build(
                 peers=peers,
                 shared=shared,
                 device=torch.device("meta") if meta else device_of(module),
+                layers=sites.layers,
             )
             delta = Delta(patch.name, site, patch.form.build(place), patch.op)
             by_site.setdefault(site.name, (site, []))[1].append(delta)

@@ -81,14 +81,16 @@ class State:
         self.rest: Call | None = None
         self.sizes: dict[int, int] = {}
         self.given: dict[int, dict[str, Given]] = {}
+        self.left: dict[int, Given] = {}
         self.kept: WeakKeyDictionary[Any, dict[tuple[int, int, int], Tensor]] = WeakKeyDictionary()
+        self.grown: WeakKeyDictionary[Any, dict[tuple[int, int, int], Any]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has run nothing yet."""
-        return {k: v for k, v in self.__dict__.items() if k != "kept"} | {"sizes": {}, "given": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("kept", "grown")} | {"sizes": {}, "given": {}, "left": {}}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values, kept=WeakKeyDictionary())
+        self.__dict__.update(values, kept=WeakKeyDictionary(), grown=WeakKeyDictionary())
 
     def noted(self) -> Mapping[str, Given]:
         """What the stacks of this thread's forward were given, by the name of the stack (`logits`: the model itself)."""

@@ -29,7 +29,7 @@ from intarsia.errors import CompositionError, ModuleError, SiteError, SpecError,
 from intarsia.host.attach import Attachment
 from intarsia.host.attention import MemorySocket
 from intarsia.host.build import Built, build
-from intarsia.host.call import CALLS, Call, State
+from intarsia.host.call import CALLS, Call, State, thread
 from intarsia.host.fold import fold, why_not_foldable
 from intarsia.host.output import Root
 from intarsia.host.probe import memories
@@ -355,6 +355,7 @@ class Host:
             yield self.model
         finally:
             CALLS.reset(token)
+            self._state.left.pop(thread(), None)
 
     def rest(self, expression: Expression | Sequence[Expression] | None, *, head: str | None = None) -> Host:
         """The expression that is active where no `using` says otherwise; None for the bare base."""

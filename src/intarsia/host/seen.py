@@ -55,7 +55,7 @@ class View:
         self._rows = rows
         self._size = size
         self._part = part
-        self._asked: dict[int, int] = {}
+        self._asked: dict[Any, int] = {}
 
     def of_rows(self, rows: Tensor, size: int, part: int) -> View:
         """The same surroundings for some of `size` rows only, which run expression number `part`."""
@@ -137,7 +137,10 @@ class View:
 
     @property
     def _stack(self) -> Given:
-        given = self._given.get(self.site.stack if self.site.port != "logits" else "logits")
+        return self._of(self.site.stack if self.site.port != "logits" else "logits")
+
+    def _of(self, stack: str) -> Given:
+        given = self._given.get(stack)
         if given is None:
             raise SiteError(
                 f"a module at {self.site.name} looks at the whole batch, which was not seen; call the model, or its encoder "
@@ -174,12 +177,13 @@ class View:
         ids, mine = self._stack.ids, self._batch_rows()
         return ids if ids is None or mine is None else ids[mine]
 
-    def tokens(self, length: int) -> Positions:
-        given, mine = self._stack, self._batch_rows()
+    def tokens(self, length: int, stack: str | None = None, *, all_passes: bool = False) -> Positions:
+        given, mine = self._stack if stack is None else self._of(stack), self._batch_rows()
         past = 0 if self._states else given.past
         real = real_positions(given, given.states_mask if self._states else given.mask, past + length, self._device())
         real = real if mine is None else real[mine]
-        rank = torch.where(real, real.cumsum(1) - 1, -1)[:, past:]
+        rank = torch.where(real, real.cumsum(1) - 1, -1)
+        rank = rank if all_passes else rank[:, past:]
         told = "prompt" in self.call.context and self.site.stack != "encoder" and not self._states
         if told:
             prompt = torch.tensor(self.per_row("prompt"), device=rank.device) + given.soft
@@ -195,6 +199,32 @@ class View:
                 return value.device
         raise SiteError(f"site {self.site.name} (port {self.site.port}) gives no tokens to look at")
 
+    def taps(self, stack: str) -> tuple[Tensor, ...]:
+        given, mine = self._of(stack), self._batch_rows()
+        if len(given.taps) != given.blocks + 1:
+            ran = max(0, len(given.taps) - 1)
+            raise SiteError(f"a side network at {self.site.name} needs the states of all {given.blocks} blocks, and {ran} ran before it")
+        return tuple(given.taps if mine is None else [tap[mine] for tap in given.taps])
+
+    def grown(self, owner: object, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        given, mine = self._stack, self._batch_rows()
+        asked = self._asked[id(owner), number] = self._asked.get((id(owner), number), -1) + 1
+        key = (id(owner), self._part, number * 1000 + asked)
+        given.fresh[key] = (keys, values) if mine is None else (whole(keys, mine, given.rows), whole(values, mine, given.rows))
+        if not given.past:
+            return keys, values
+        layer = given.grown.get(key)
+        if layer is None or layer.keys is None or layer.values is None:
+            raise self._unfilled()
+        before = layer.keys if mine is None else layer.keys[mine], layer.values if mine is None else layer.values[mine]
+        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+
+    def _unfilled(self) -> CompositionError:
+        return CompositionError(
+            f"a module at {self.site.name} keeps what it saw in the prompt, but this cache was filled without it; "
+            "read the prompt and generate with the same expression"
+        )
+
     def kept(self, owner: object, make: Callable[[], Tensor]) -> Tensor:
         given = self._stack
         count = self._asked[id(owner)] = self._asked.get(id(owner), -1) + 1  # `a >> a` asks twice
@@ -205,11 +235,13 @@ class View:
                 given.kept[key] = value.detach()
             return value
         if given.kept is None or key not in given.kept:
-            raise CompositionError(
-                f"a module at {self.site.name} keeps what it saw in the prompt, but this cache was filled without it; "
-                "read the prompt and generate with the same expression"
-            )
+            raise self._unfilled()
         return given.kept[key]
+
+
+def whole(part: Tensor, mine: Tensor, rows: int) -> Tensor:
+    """The rows of a part at their places in a batch, zero elsewhere: a cache holds all rows, in the order of the batch."""
+    return part.new_zeros(rows, *part.shape[1:]).index_copy(0, mine, part)
 
 
 def real_positions(given: Given, mask: Tensor | None, length: int, device: torch.device) -> Tensor:

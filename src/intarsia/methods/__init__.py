@@ -44,6 +44,7 @@ from intarsia.methods.rows import (
     prefix,
     prompt,
 )
+from intarsia.methods.side import lst
 from intarsia.methods.subspace import c3a, fourierft, intrinsic, lora_xs, said, svft, vera
 
 __all__ = [
@@ -88,6 +89,7 @@ __all__ = [
     "lora_plus",
     "lora_xs",
     "loreft",
+    "lst",
     "mam",
     "mh_parallel",
     "miss",

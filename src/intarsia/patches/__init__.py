@@ -15,8 +15,9 @@ from intarsia.patches.heads import Head, LanguageModelHead
 from intarsia.patches.hyper import Hyper
 from intarsia.patches.kron import Kron, KronPair
 from intarsia.patches.labels import MultiMaskLabels
+from intarsia.patches.ladder import Ladder
 from intarsia.patches.matrix import Matrix
-from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot
+from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot, Set
 from intarsia.patches.orthogonal import Butterfly, Cayley, Householder
 from intarsia.patches.pairs import Pairs
 from intarsia.patches.pattern import Diag, Pattern
@@ -58,6 +59,7 @@ __all__ = [
     "Hyper",
     "Kron",
     "KronPair",
+    "Ladder",
     "LanguageModelHead",
     "Linear",
     "LowRank",
@@ -77,6 +79,7 @@ __all__ = [
     "Scaled",
     "Seeded",
     "Seen",
+    "Set",
     "Singular",
     "Sketch",
     "SubspaceEdit",

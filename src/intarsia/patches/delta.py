@@ -74,8 +74,19 @@ class Seen(Protocol):
     def ids(self) -> Tensor | None:
         """Token ids the model was given, [rows, T] (heads only), None if it was given embeddings."""
 
-    def tokens(self, length: int) -> Positions:
-        """Which of the `length` positions of a tensor here hold tokens, and which of these are the prompt."""
+    def tokens(self, length: int, stack: str | None = None, *, all_passes: bool = False) -> Positions:
+        """Which of the `length` positions of a tensor here hold tokens, and which of these are the prompt.
+
+        Args:
+            stack: another stack than that of the site.
+            all_passes: give the positions of earlier passes too, in front.
+        """
+
+    def taps(self, stack: str) -> tuple[Tensor, ...]:
+        """What the first block of a stack was given and what every block gave, [R, T, d] each, without a graph."""
+
+    def grown(self, owner: object, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, H, T, n] behind those of earlier passes, which stay with the model's cache."""
 
     def kept(self, owner: object, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, computed when the prompt is read and kept with the cache for the steps that follow it."""
@@ -125,10 +136,11 @@ class Form(nn.Module):
     """Computes the value of a patch.  Subclasses read parameters in `forward` only.
 
     A form (or a part of one) whose class sets `reads_call` looks at `Seen.rows`, `per_row`, `tokens` or `kept`; the host
-    notes what a stack was given only where one is active.
+    notes what a stack was given only where one is active.  `reads_taps` is the same for `Seen.taps`.
     """
 
     reads_call = False
+    reads_taps = False
 
     def forward(self, h: Any, seen: Seen) -> Any:
         raise NotImplementedError

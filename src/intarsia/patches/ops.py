@@ -6,6 +6,7 @@
 | `Mul()` | h * value - h | at a linear map: rows of W and b (out), columns of W (in) |
 | `Gain(scale)` | scale * h * value | as `Mul` |
 | `Rot()` | value - h, the value a linear map of h | at a linear map |
+| `Set()` | value - h | never |
 | `Concat()` | the blocks themselves (appended) | never |
 | `Replace()` | the value (a head's logits) | never |
 """
@@ -110,6 +111,18 @@ class Concat:
 
     def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
         return WhyNot("tokens put in front of the sequence are not a change of any weight")
+
+
+@register("set")
+@dataclass(frozen=True, slots=True)
+class Set:
+    """h' = value: the value takes the place of a hidden state, entering as the change value - h."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        return back(value, h) - h
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        return WhyNot("what takes the place of a hidden state is not a change of any weight")
 
 
 @register("replace")

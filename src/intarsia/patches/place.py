@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -40,6 +40,7 @@ class Place:
         dtype: dtype of new parameters.
         device: where the touched module lives.
         role: which tensor of the form is being built (`down`, `up` ...), for factors that are shared by role.
+        layers: number of blocks of every stack.
     """
 
     site: Site
@@ -54,6 +55,7 @@ class Place:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     role: str = ""
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     def named(self, role: str) -> Place:
         """The same place, for one tensor of the form."""

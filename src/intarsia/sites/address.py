@@ -4,6 +4,7 @@ A site is one tensor of the forward pass (or one parameter), named by role and n
 Names are dotted words:
 
     embed  embed.position  embed.type  embed.norm  stem  final.norm  pooler  head     one per model (or per stack)
+    head.in                what heads read: the last norm, or the output of the last block
     3                      output of block 3 (the residual stream after it)
     3.attn 3.xattn 3.ffn   what the sub-layer adds to the residual stream, before it is added
     3.attn.q .k .v .o      the projections (outputs); .heads = input of `o`; .norm = its layer norm

@@ -82,6 +82,7 @@ def resolve(model: PreTrainedModel, *, anatomy: Anatomy | None = None) -> SiteMa
             layers[name] = _add_stack(draft, name, stack, first=not layers)
     if not layers:
         raise SiteError(f"{draft.name}: it has none of the stacks {', '.join(anatomy.stacks)} of its anatomy")
+    _add_answer(draft, anatomy, list(layers)[-1], layers)
     _add_head(draft)
     add_weights(draft, idle)
     for family, reason in ABSENT.items():
@@ -108,6 +109,15 @@ def _add_stack(draft: Draft, name: str, stack: Stack, first: bool) -> int:
     for role in AFTER:
         _add_around(draft, name, role, around, lend, width)
     return len(blocks)
+
+
+def _add_answer(draft: Draft, anatomy: Anatomy, name: str, layers: Mapping[str, int]) -> None:
+    """What heads read: the last norm of the last stack, or the output of its last block."""
+    if "stem" in anatomy.stacks[name].around:
+        draft.missing["head.in"] = "its blocks run several times, so the output of the last one is not that of the model"
+        return
+    last = draft.sites.get(join(name, "final.norm")) or draft.sites[join(name, str(layers[name] - 1))]
+    draft.add(Site("head.in", last.path, "out", last.features, stack=name))
 
 
 def _blocks(draft: Draft, stack: Stack) -> list[str]:
