@@ -48,7 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dora": {"rank": 4},
     "pissa": {"rank": 4},
     "adalora": {"rank": 4, "target": 2},
-    "hira": {"rank": 4},
+    "hira": {"rank": 8, "at": "{attn,xattn}.{q,k,v,o}, ffn.{gate,up,down}"},
     "loha": {"rank": 3, "alpha": 3.0},
     "lokr": {"rank": 1, "limit": 4, "alpha": 1.0},
     "gralora": {"rank": 4, "alpha": 4.0},
