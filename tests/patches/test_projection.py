@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import SpecError
-from intarsia.patches import Fourier, Matrix, Place, Projection
+from intarsia.patches import Bottleneck, Fourier, Matrix, Place, Projection
 from intarsia.patches.hadamard import hadamard, transform
 from intarsia.patches.place import Peer
 from intarsia.sites.address import Site
@@ -142,3 +142,20 @@ def test_fourier() -> None:
     assert torch.equal(again.index, factor.index), "the same positions for every matrix of a shape"
     torch_order = torch.randperm(120, generator=torch.Generator().manual_seed(777))[:9]
     assert torch.equal(Fourier(9, 777, stream="torch").build((12, 10), where).index, torch_order)
+
+
+@pytest.mark.parametrize("kind", ["fastfood", "sparse", "dense"])
+def test_inside_another_form(kind: str) -> None:
+    """An adapter in a random subspace: both matrices from one vector, by different maps, and it learns."""
+    site, shared = Site("0.ffn", "x", features=12), {}
+    spec = Bottleneck(4, factor=Projection(6, kind), init="unit")  # type: ignore[arg-type]
+    form = spec.build(Place(site, 12, 12, torch.Generator().manual_seed(0), peers=(Peer(site, (12, 12)),), shared=shared))
+    down, up = form.down.materialise(), form.up.materialise()
+    assert down.shape == (4, 12) and up.shape == (12, 4) and not torch.allclose(down.flatten(), up.flatten())
+    (theta,) = shared.values()
+    ratio = float(down.detach().norm() / theta.value.detach().norm())
+    assert 0.4 < ratio < 1.6, "norms are kept, tensor by tensor"
+    form(torch.randn(2, 12), None).square().sum().backward()
+    assert theta.value.grad.abs().sum() > 0
+    with pytest.raises(SpecError, match="use scaled=False"):
+        Bottleneck(4, factor=Projection(6, scaled=True)).build(Place(site, 12, 12, torch.Generator(), peers=(Peer(site, (12, 12)),)))

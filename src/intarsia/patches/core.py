@@ -75,7 +75,7 @@ class Seeded:
     draw: str = "he"
 
     def frame(self, rank: int, shape: tuple[int, int], place: Place) -> tuple[Frame, bool]:
-        shapes = [peer.shape for peer in place.peers] or [shape]
+        shapes = [shape, *(peer.shape for peer in place.peers)]
         out, inner = max(s[0] for s in shapes), max(s[-1] for s in shapes)
 
         def make() -> Frame:
@@ -155,14 +155,14 @@ class Core:
 
     Attributes:
         rank: None for the smaller side of the matrix.
-        core_init: start of the core.
+        core_init: start of the core, None for what the caller asks.
         gain: start of a trained gain per output, None for no gain.
     """
 
     rank: int | None = 8
     frame: FrameSpec = field(default_factory=Free)
     core: FactorSpec = field(default_factory=Dense)
-    core_init: str = "zeros"
+    core_init: str | None = None
     gain: str | None = None
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class Core:
             raise SpecError(f"a core stands between the sides of a matrix, {place.site.name} holds a tensor of shape {shape}")
         rank = min(shape) if self.rank is None else self.rank
         frame, tied = self.frame.frame(rank, (shape[0], shape[1]), place)
-        core = self.core.build((rank, rank), place, self.core_init)
+        core = self.core.build((rank, rank), place, init if self.core_init is None else self.core_init)
         if isinstance(core, Aligned):
             core.align(*frame.sides(shape[0], shape[1]))
         gain = None if self.gain is None else place.parameter(shape[0], fill=INITS[self.gain])

@@ -124,5 +124,5 @@ class Pattern:
     def build(self, shape: tuple[int, ...], place: Place, init: str = "zeros") -> PatternFactor:
         n = _side(shape, place, "a pattern")
         value = place.parameter(self.entries(n), fill=INITS[init])
-        index = place.buffer((2, self.entries(n)), lambda: self.positions(n, place.site.name))
+        index = place.buffer((2, self.entries(n)), lambda: self.positions(n, place.label))
         return PatternFactor(value, index, place.parameter(1) if self.gate else None, n, self.kind == "aligned")

@@ -61,6 +61,11 @@ class Place:
         """The same place, for one tensor of the form."""
         return replace(self, role=role)
 
+    @property
+    def label(self) -> str:
+        """Name of the tensor that is being built: tells apart what is drawn from a seed."""
+        return f"{self.site.name}.{self.role}" if self.role else self.site.name
+
     def tied(self, key: Hashable, build: Callable[[], T]) -> T:
         """Return the part stored under `key`, building it at the first call of this module.
 

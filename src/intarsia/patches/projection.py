@@ -4,7 +4,7 @@
 
 Intrinsic dimension (Li et al. 2018, arXiv 1804.08838): no lambda, the columns of the stacked P have norm 1 over the whole
 module.  SAID (Aghajanyan et al. 2021, arXiv 2012.13255): P_i keeps norms tensor by tensor, lambda_i is trained and counts
-within d.  Starts at zero.
+within d.  Starts at zero, unless the form asks for another start of theta.
 
 | projection | P_i | memory |
 |---|---|---|
@@ -28,6 +28,7 @@ from intarsia.errors import SpecError
 from intarsia.patches.delta import same_dtype
 from intarsia.patches.factors import Factor
 from intarsia.patches.hadamard import hadamard
+from intarsia.patches.init import INITS
 from intarsia.patches.place import Peer, Place
 from intarsia.patches.seeded import Stream
 
@@ -180,24 +181,33 @@ class Projection:
         return size
 
     def build(self, shape: tuple[int, ...], place: Place, init: str = "zeros") -> ProjectionFactor:
-        peers = place.peers or (Peer(place.site, shape),)
+        peers = self.family(shape, place)
         d, total = self.free(peers), sum(math.prod(p.shape) for p in peers)
         size = math.prod(shape)
-        theta = place.tied(("theta", self.seed, d), lambda: Theta(place.parameter(d)))
+        theta = place.tied(("theta", self.seed, d), lambda: Theta(place.parameter(d, fill=INITS[init])))
         norms, share = None, 1.0
+        alone = self.scaled or bool(place.role)
         if self.kind == "fastfood":
-            share = 1.0 if self.scaled else math.sqrt(size / total)
-        elif not self.scaled:
+            share = 1.0 if alone else math.sqrt(size / total)
+        elif not alone:
             norms = place.tied(("norms", self.kind, self.seed, d, total), lambda: Norms(place.buffer((d,), lambda: self.norms(peers, d))))
-        else:
-            norms = None
+        else:  # norms are kept tensor by tensor, on average
             share = 1.0 / math.sqrt(size if self.kind == "dense" else size / math.sqrt(total))
         weight = place.parameter(1, fill=1.0) if self.scaled else None
         return ProjectionFactor(theta, norms, self.map(place, size, d, total), weight, share, tuple(shape))
 
+    def family(self, shape: tuple[int, ...], place: Place) -> tuple[Peer, ...]:
+        """The tensors that one projection is stacked from: those of the patch, or the one alone inside another form."""
+        own = (Peer(place.site, tuple(shape)),)
+        if not any(peer == own[0] for peer in place.peers):
+            if self.scaled and place.peers:
+                raise SpecError(f"{place.label}: a projection with a factor per tensor counts the base's parameters; use scaled=False here")
+            return own
+        return place.peers
+
     def map(self, place: Place, size: int, d: int, total: int) -> Map:
         """P_i without its scale."""
-        name = place.site.name
+        name = place.label
         if self.kind == "dense":
             return DenseMap(place.buffer((size, d), lambda: self.dense(name, size, d)))
         if self.kind == "sparse":

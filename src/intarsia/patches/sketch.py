@@ -51,5 +51,5 @@ class Sketch:
     def build(self, shape: tuple[int, ...], place: Place, init: str = "zeros") -> SketchFactor:
         out, inner = shape
         size = (self.rank, inner)
-        down = place.buffer(size, lambda: DRAWS[self.draw](size, Stream(self.seed, place.site.name, "down")))
+        down = place.buffer(size, lambda: DRAWS[self.draw](size, Stream(self.seed, place.label, "down")))
         return SketchFactor(place.parameter(out, self.rank, fill=INITS[init]), down)
