@@ -170,7 +170,7 @@ def test_settings(settings: dict[str, float], error: type[Exception] | None, com
 def test_shared_blocks_have_no_single_last_one() -> None:
     with pytest.raises(SiteError, match="run several times"):
         Host(zoo.make("albert")[0]).add("a", kit.small("lst"))
-    with pytest.raises(SpecError, match="put it at 'head.in'"):
+    with pytest.raises(SpecError, match=r"put it at 'head\.in'"):
         from intarsia.methods import Method, Patch
 
         Host(zoo.make("bert")[0]).add("a", Method("m", (Patch("p", "ffn", Ladder()),)))

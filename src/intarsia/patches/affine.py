@@ -20,7 +20,6 @@ from intarsia.patches.factors import Factor, FactorSpec, LowRank
 from intarsia.patches.matrix import canonical_shape
 from intarsia.patches.place import Place
 
-
 GENERATED = "its matrix is generated for the task of the call; export it for one task first"
 
 
