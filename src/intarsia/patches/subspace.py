@@ -52,7 +52,7 @@ class Unit(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """The change of h [..., d]."""
         rows = self.rows()
-        x = h.to(rows.dtype)
+        x = h.to(rows.dtype).contiguous()  # else torch chooses the kernel by whether weights are being trained
         target = ACTIVATIONS[self.spec.activation](F.linear(x, self.source) + self.bias)
         change = (target - F.linear(x, rows) if self.spec.subtract else target) @ rows
         return dropped(x + change, self.spec.dropout, self.training) - x if self.spec.dropout else change
