@@ -289,3 +289,44 @@ def test_perfect_reads_its_masks_on_a_model() -> None:
     host.insert(module, name="again")
     with host.using("again"):
         assert torch.equal(kit.run(model, {"input_ids": ids}), expected)
+
+
+# -- starts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["loreft", "noreft", "direft", "mam", "unipelt", "prefix", "p_tuning", "p_tuning_v2", "prompt", "lst"])
+def test_methods_that_do_not_start_at_the_base(family: str, name: str) -> None:
+    model, inputs = zoo.make(family)
+    host = Host(model).add("a", kit.small(name))
+    with host.using("a"):
+        fresh = kit.run(model, inputs)
+    bare = kit.reference(family)
+    assert fresh.shape != bare.shape or (fresh - bare).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("loreft", {"rank": 2, "first": 2, "last": 2, "init": "identity"}), ("noreft", {"rank": 2, "init": "identity", "tied": False}),
+     ("prefix", {"length": 3, "reparameterise": 8, "mix": "zero_gate"}), ("pfeiffer", {"init": "zeros"})],
+)  # fmt: skip
+def test_settings_that_start_exactly_at_the_base(family: str, name: str, settings: dict[str, Any]) -> None:
+    model, inputs = zoo.make(family)
+    host = Host(model).add("a", build(name, **settings))
+    with host.using("a"):
+        assert torch.equal(kit.run(model, inputs), kit.reference(family))
+
+
+def test_a_fresh_generated_adapter_is_near_nothing() -> None:
+    """Its inner norm's gain starts at N(0, 1e-2 |z|): the adapter writes about a twentieth of a unit."""
+    model, inputs = zoo.make("bert")
+    host = Host(model).add("a", build("hyperformer", width=4))
+    change: list[torch.Tensor] = []
+    for _, deltas in host.deltas("a"):
+        for delta in deltas:
+            if delta.name == "adapter":
+                delta.form.register_forward_hook(lambda m, i, o: change.append(o))
+    with host.using("a"):
+        kit.run(model, inputs)
+    assert len(change) == 4 and all(0.01 < float(c.std()) < 0.2 for c in change)
