@@ -264,6 +264,25 @@ def test_offloaded_weights_are_refused_by_weight_methods() -> None:
         kit.run(model, inputs)
 
 
+@pytest.mark.parametrize("method", ["lora", "pfeiffer", "parallel", "ia3", "prefix", "prompt", "head", "compacter", "vera"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_parameters_are_read_in_forward_only(family: str, method: str) -> None:
+    """Under offloading a parameter is in place only while the forward of its own module runs; elsewhere it is on `meta`."""
+    from accelerate import cpu_offload
+
+    model, inputs = zoo.make(family)
+    host = Host(model).add("a", kit.small(method, family))
+    if method == "compacter":  # its layer norms are weights, which are refused when offloaded
+        host.remove("a").add("a", build("compacter", width=4, n=2, norms=False))
+    kit.disturb(host, "a")
+    with host.using("a"):
+        wanted = kit.run(model, inputs)
+    cpu_offload(model, torch.device("cpu"))
+    assert all(p.is_meta for p in host.parameters("a").values())
+    with host.using("a"):
+        assert torch.allclose(kit.run(model, inputs), wanted, atol=1e-5)
+
+
 def test_nothing_is_printed_or_warned(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
     with caplog.at_level(logging.INFO):
         model, inputs, host = kit.woven("bert", "prefix")

@@ -32,6 +32,9 @@ class KronRule(nn.Module):
         super().__init__()
         self.left = left
 
+    def forward(self) -> Tensor:
+        return self.left
+
 
 class KronFactor(Factor):
     """sum_i left_i (x) right_i, with right_i = up_i @ down_i: up [terms, out/p, r], down [terms, r, in/q].
@@ -53,7 +56,7 @@ class KronFactor(Factor):
         return self.up if self.down is None else self.up @ self.down
 
     def forward(self, x: Tensor) -> Tensor:
-        left: Tensor = self.rule.left
+        left: Tensor = self.rule()
         x = same_dtype(x, self.up).unflatten(-1, (left.shape[2], -1))
         if self.down is None:
             mixed = torch.einsum("ipq,...qk->...ipk", left, x)
