@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from intarsia.modules import Card, Module, load, save
     from intarsia.patches import Head
     from intarsia.sites import Site, SiteMap, fingerprint, resolve
+    from intarsia.train import Recipe
 
 #: public name -> (module, name there)
 _NAMES = {
@@ -53,6 +54,7 @@ _NAMES = {
     **{name: ("intarsia.bases", name) for name in ("Base", "list_bases")},
     "Head": ("intarsia.patches", "Head"),
     "Host": ("intarsia.host", "Host"),
+    "Recipe": ("intarsia.train", "Recipe"),
     "IntarsiaError": ("intarsia.errors", "IntarsiaError"),
     "load_base": ("intarsia.bases", "load"),
     "method": ("intarsia.methods", "build"),
@@ -71,6 +73,7 @@ __all__ = [
     "Module",
     "Patch",
     "Policy",
+    "Recipe",
     "Ref",
     "Seq",
     "Site",
