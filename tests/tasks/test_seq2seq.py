@@ -54,7 +54,10 @@ def make(tokenizer: Any, model: Any, **options: Any) -> Any:
 def run(task: Any, model: Any, table: Any) -> list[Any]:
     batch = task.collate(task.features(table))
     with torch.no_grad():
-        found: list[Any] = task.finish(task.predict(task.outputs(model, batch), batch), table)
+        outputs = task.outputs(model, batch)
+        if task.writes:
+            outputs["texts"] = task.generate(model, batch)
+        found: list[Any] = task.finish(task.predict(outputs, batch), table)
     return found
 
 

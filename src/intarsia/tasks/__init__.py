@@ -2,7 +2,6 @@
 
 from intarsia.tasks.classify import Classify, ClassifyOptions
 from intarsia.tasks.clm import Causal, CausalOptions
-from intarsia.tasks.collapse import collapsed
 from intarsia.tasks.common import BaseTask, Options
 from intarsia.tasks.metrics import METRICS, Score, compare, score
 from intarsia.tasks.mlm import Masked, MaskedOptions
@@ -21,6 +20,7 @@ from intarsia.tasks.regress import Regress, RegressOptions
 from intarsia.tasks.run import Evaluation, evaluate, predict
 from intarsia.tasks.seq2seq import Seq2Seq, Seq2SeqOptions
 from intarsia.tasks.tag import Tag, TagOptions
+from intarsia.train.collapse import collapsed
 
 __all__ = [
     "CONTEXT",

@@ -75,6 +75,7 @@ class Causal(BaseTask[CausalOptions]):
             raise UsageError("generate=True needs prompts: set the columns prompt and completion")
         self.answers = (options.completion or options.text,)
         self.reads_answers = not options.generate
+        self.writes = options.generate
         self.keys = ("input_ids", "attention_mask")
         frame = Frame.of(tokenizer)
         first = special(tokenizer, "bos", "eos")
@@ -89,7 +90,7 @@ class Causal(BaseTask[CausalOptions]):
 
     def features(self, table: Rows, *, labelled: bool = True) -> Sequence[Features]:
         """Windows or blocks: `row`, `input_ids`, `labels` (aligned with the ids, as in transformers), `owner` (the row of
-        each position) if packed; with `generate` also `prompt`.
+        each position) if packed, `given` (number of leading tokens that are not predicted); with `generate` also `prompt`.
 
         Raises:
             DataError: no rows, or a column is missing.
@@ -115,7 +116,8 @@ class Causal(BaseTask[CausalOptions]):
             split += len(cuts) > 1
             for start, end in cuts:
                 cut = {"row": owner[start], "input_ids": full[start:end], "labels": [IGNORE, *labels[start + 1 : end]]}
-                found.append({**cut, "attention_mask": [1] * (end - start), "owner": owner[start:end]})
+                given = next((i for i, label in enumerate(cut["labels"]) if label != IGNORE), end - start)
+                found.append({**cut, "attention_mask": [1] * (end - start), "owner": owner[start:end], "given": given})
         self._counts = counted(found, split_rows=0 if o.pack else split)
         self._counts["rows"] = len(texts)
         return found
@@ -144,6 +146,7 @@ class Causal(BaseTask[CausalOptions]):
                 "row": row,
                 "input_ids": [*head, *answer],
                 "attention_mask": [1] * (len(head) + len(answer)),
+                "given": len(head),
             }
             if answers is not None:
                 feature["labels"] = [*[IGNORE] * len(head), *answer]
@@ -155,6 +158,7 @@ class Causal(BaseTask[CausalOptions]):
 
     def collate(self, features: Sequence[Features]) -> Batch:
         batch = super().collate(features)
+        batch["given"] = [f["given"] for f in features]
         if all("labels" in f for f in features):
             batch["labels"] = self.padded(features, "labels", IGNORE)
         if "owner" in features[0]:
@@ -170,11 +174,9 @@ class Causal(BaseTask[CausalOptions]):
     def term_losses(self, outputs: Any, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         return token_losses(one_tensor(logits_of(outputs))[:, :-1], self.labels_of(batch)[:, 1:], smoothing)
 
-    def outputs(self, model: Any, batch: Batch) -> Any:
-        found = super().outputs(model, batch)
-        if self.options.generate:
-            found["texts"] = self.generate(model, batch)
-        return found
+    def context(self, batch: Batch) -> dict[str, Any]:
+        """`prompt`: how many tokens of each row are given and not predicted; nothing else may be looked at in advance."""
+        return {"prompt": batch["given"]}
 
     def generate(self, model: Any, batch: Batch) -> list[str]:
         """What the model writes after each prompt."""

@@ -20,7 +20,7 @@ from intarsia._codec import encode as encode_spec
 from intarsia.data import LabelMap
 from intarsia.data.source import check_form
 from intarsia.errors import CompositionError, DataError, ModuleError, UsageError, listing, nearest
-from intarsia.patches import Head, LanguageModelHead
+from intarsia.methods.method import HeadSpec
 from intarsia.tasks import columns
 from intarsia.tasks.metrics import Score, score
 from intarsia.tasks.text import limit, special
@@ -61,10 +61,12 @@ class BaseTask(Generic[O]):
     """
 
     name: str
-    head: Head | LanguageModelHead | None = None
+    head: HeadSpec | None = None
     model_head: ModelHead = "none"
     metric: str
     higher_is_better: bool = True
+    #: whether `generate(model, batch)` gives a text for each row
+    writes: bool = False
     #: columns of the table that hold what is to be predicted
     answers: tuple[str, ...] = ()
     #: whether the answers are likelihoods of texts in the table, so that prediction reads them too
@@ -177,8 +179,12 @@ class BaseTask(Generic[O]):
         return names or self.labels  # type: ignore[return-value]
 
     def outputs(self, model: Any, batch: Batch) -> Any:
-        """What the model says to a batch; tasks that generate add `texts`."""
+        """What the model says to a batch; what a task generates comes on top (`writes`, `generate`)."""
         return model(**{key: batch[key] for key in self.keys})
+
+    def context(self, batch: Batch) -> Mapping[str, Any]:
+        """What forms must know of a batch, one value per row (`host.using(..., **context)`)."""
+        return {}
 
     # -- from windows to rows ----------------------------------------------------------------------------------------
 

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
 
 from intarsia.compose import Expr
 from intarsia.data import LabelMap
@@ -23,6 +19,8 @@ from intarsia.tasks import columns
 from intarsia.tasks.common import BaseTask, fixed_draws
 from intarsia.tasks.metrics import Score
 from intarsia.tasks.registry import bind
+from intarsia.train.batches import evaluation_batches
+from intarsia.train.evaluation import answered
 from intarsia.train.task import Batch, Features, Prediction, Rows
 
 if TYPE_CHECKING:
@@ -134,56 +132,31 @@ def _run(
         _known(task, table, names)
         labelled = False
     bind(task, host.model)
-    with evaluating(host.model), fixed_draws(task):
+    with fixed_draws(task):
         features = task.features(table, labelled=labelled)
-        found: list[Prediction] = []
-        for batch in batches(task, features, batch_size, names):
-            rows = batch["row"]
-            active = expression if per_row is None else [per_row[row] or "base" for row in rows]
-            with host.using(active, head=head, **(context or {})) as model:
-                found += task.predict(task.outputs(model, to(batch, _device(host.model))), batch)
-            if progress is not None:
-                progress(batch["done"], len(features))
+    found: list[Prediction] = []
+    done = 0
+
+    def note(number: int, batch: Batch, outputs: Any) -> None:
+        nonlocal done
+        found.extend(task.predict(outputs, batch))
+        done = min(done + batch_size, len(features))
+        if progress is not None:
+            progress(done, len(features))
+
+    made = batches(task, features, batch_size, names)
+    answered(host, expression, task, made, note, head=head, per_row=per_row, context=context)
     return task.finish(found, table)
 
 
 def batches(
     task: BaseTask[Any], features: Sequence[Features], size: int, names: Sequence[LabelMap | None]
 ) -> Iterator[Batch]:
-    """Padded batches of features of like length, the longest first (memory runs out at once or never)."""
-    order = sorted(range(len(features)), key=lambda i: (-len(features[i]["input_ids"]), i))
-    for start in range(0, len(order), size):
-        chosen = [features[i] for i in order[start : start + size]]
-        batch: Batch = task.collate(chosen)
+    """Batches of an evaluation, with the label names of each row where they are not the task's."""
+    for batch in evaluation_batches(task, features, size):
         if any(name is not None for name in names):
-            batch["names"] = [names[f["row"]] for f in chosen]
-        batch["done"] = min(start + size, len(order))
+            batch["names"] = [names[row] for row in batch["row"]]
         yield batch
-
-
-def to(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    for key, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            batch[key] = value.to(device)
-    return batch
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards every submodule is in its own former mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # -- who answers -----------------------------------------------------------------------------------------------------

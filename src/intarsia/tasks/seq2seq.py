@@ -77,6 +77,7 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
         super().__init__(tokenizer, options, None)
         self.answers = (options.target,)
         self.reads_answers = not options.generate
+        self.writes = options.generate
         self.keys = ("input_ids", "attention_mask", "decoder_input_ids")
         self.shift: Shift | None = None
         self._frames: dict[str, Frame] = {}
@@ -188,13 +189,8 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
         return token_losses(one_tensor(logits_of(outputs)), self.labels_of(batch), smoothing)
 
     def outputs(self, model: Any, batch: Batch) -> Any:
-        """Teacher-forced outputs where there are targets, and `texts` where the task generates."""
-        found: Any = {}
-        if "labels" in batch:
-            found = super().outputs(model, batch)
-        if self.options.generate:
-            found["texts"] = self.generate(model, batch)
-        return found
+        """Teacher-forced outputs where there are targets."""
+        return super().outputs(model, batch) if "labels" in batch else {}
 
     def generate(self, model: Any, batch: Batch) -> list[str]:
         """What the model writes for each source, in the target language of its row."""

@@ -16,7 +16,7 @@ from intarsia.patches.heads import HeadForm
 from intarsia.train.batches import evaluation_batches, moved
 from intarsia.train.frozen import evaluating
 from intarsia.train.order import steps
-from intarsia.train.task import Features, Task
+from intarsia.train.task import Features, Task, context_of
 
 
 def new_heads(host: Host, name: str) -> list[HeadForm]:
@@ -62,9 +62,10 @@ def calibrate(
     hooks = [head.register_forward_pre_hook(collect) for head in heads]
     device = host.model.device
     try:
-        with torch.no_grad(), evaluating(host.model), host.using(expression, head=name) as model:
+        with torch.no_grad(), evaluating(host.model):
             for batch in evaluation_batches(task, [features[i] for i in chosen], batch_size):
-                model(**{key: moved(batch[key], device) for key in task.keys if key in batch})
+                with host.using(expression, head=name, **context_of(task, batch)) as model:
+                    model(**{key: moved(batch[key], device) for key in task.keys if key in batch})
     finally:
         for hook in hooks:
             hook.remove()

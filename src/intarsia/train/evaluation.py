@@ -1,12 +1,12 @@
-"""The evaluation inside a training: dev set, one expression, features made once, work shared by all processes.
+"""`answered`, the one loop of every evaluation and prediction, and `evaluate`, the evaluation inside a training.
 
-Each process takes every n-th batch and all get all predictions; the batches are the same as with one process, so the metric
-is too.  What users call on tables is in `intarsia.tasks.run`.
+Inside a training each process takes every n-th batch and all get all predictions; the batches are the same as with one
+process, so the metric is too.  What users call on tables is in `intarsia.tasks.run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from intarsia.host import Host
 from intarsia.train.batches import evaluation_batches, moved
 from intarsia.train.frozen import evaluating
-from intarsia.train.task import Batch, Features, Prediction, Rows, Task
+from intarsia.train.task import Batch, Features, Prediction, Rows, Task, context_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,18 @@ def evaluate(
         features: of the table.
         head: the module whose head answers.
     """
-    device = host.model.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
     found: list[tuple[int, list[Prediction]]] = []
     total, terms = 0.0, 0
-    with torch.no_grad(), evaluating(host.model), host.using(expression, head=head) as model:
-        for number, batch in enumerate(evaluation_batches(task, features, batch_size)):
-            if number % world != rank:
-                continue
-            batch = moved(batch, device)
-            outputs = _outputs(task, model, batch)
-            found.append((number, task.predict(outputs, batch)))
-            loss, count = task.loss(outputs, batch)
-            total, terms = total + float(loss), terms + int(count)
+    mine = [b for b in enumerate(evaluation_batches(task, features, batch_size)) if b[0] % world == rank]
+
+    def note(number: int, batch: Batch, outputs: Any) -> None:
+        nonlocal total, terms
+        found.append((mine[number][0], task.predict(outputs, batch)))
+        loss, count = task.loss(outputs, batch)
+        total, terms = total + float(loss), terms + int(count)
+
+    answered(host, expression, task, (batch for _, batch in mine), note, head=head)
     if world > 1:
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, (found, total, terms))
@@ -72,10 +71,45 @@ def evaluate(
     return Evaluation(predictions, task.score(predictions, table), total / terms if terms else None)
 
 
-def _outputs(task: Task, model: Any, batch: Batch) -> Any:
-    """What the model says; a task that generates has its own way to ask (`outputs`)."""
+def answered(
+    host: Host,
+    expression: Any,
+    task: Task,
+    batches: Iterable[Batch],
+    each: Callable[[int, Batch, Any], None],
+    *,
+    head: str | None = None,
+    per_row: Sequence[Any] | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> None:
+    """Let a host answer batches, in evaluation mode and without gradients.
+
+    Args:
+        expression: what runs; None for the bare base.
+        each: called with the number of the batch, the batch on the model's device, and the model's outputs.
+        per_row: one expression for each row of the table instead.
+        context: added to what the task says of a batch.
+    """
+    device = next(host.model.parameters()).device
+    with torch.inference_mode(), evaluating(host.model):
+        for number, batch in enumerate(batches):
+            active = expression if per_row is None else [per_row[row] or "base" for row in batch["row"]]
+            here: Batch = moved(batch, device)
+            each(number, here, outputs(host, active, task, here, head=head, context=context))
+
+
+def outputs(
+    host: Host, expression: Any, task: Task, batch: Batch, *, head: str | None = None, context: Mapping[str, Any] | None = None
+) -> Any:
+    """What a model says to a batch; a task that `writes` adds `texts`, for which all that the model reads first is the prompt."""
+    given = dict(context or {})
     ask = getattr(task, "outputs", None)
-    return model(**{key: batch[key] for key in task.keys if key in batch}) if ask is None else ask(model, batch)
+    with host.using(expression, head=head, **{**context_of(task, batch), **given}) as model:
+        found = model(**{key: batch[key] for key in task.keys if key in batch}) if ask is None else ask(model, batch)
+    if getattr(task, "writes", False):
+        with host.using(expression, head=head, **given) as model:
+            found["texts"] = task.generate(model, batch)  # type: ignore[attr-defined]
+    return found
 
 
 def distributed() -> bool:

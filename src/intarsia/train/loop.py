@@ -230,6 +230,7 @@ def _train(
         run = Run(
             host, name, task, recipe, expression, dev_table, dev_features, record, per_epoch, total, progress if main else Quiet(), found
         )
+        run.train_features = features
         for note in notes:
             run.progress.note(note)
         if found is None:
@@ -374,6 +375,8 @@ def _finish(
     device: torch.device,
 ) -> Result:
     """Best tensors into place, the module as a value, and the record completed."""
+    if dev_table is None:
+        run.settle()
     run.restore_best()
     module = described(host, name, task, train_table, dev_table, recipe, expression, run, device)
     host.describe(name, context=module.context, requires=module.requires, card=module.card)

@@ -20,15 +20,13 @@ from intarsia.host import Host
 from intarsia.modules import Module, save
 from intarsia.train import rng
 from intarsia.train.checkpoint import BEST, MODULE, Checkpoint, save_json
+from intarsia.train.collapse import only_answer
 from intarsia.train.evaluation import evaluate
 from intarsia.train.progress import Progress
 from intarsia.train.rates import rates
 from intarsia.train.recipe import Recipe
 from intarsia.train.record import Record
-from intarsia.train.task import Features, Prediction, Task
-
-COLLAPSE_AT = 10
-"""Predictions below which one class among them says nothing."""
+from intarsia.train.task import Features, Task
 
 
 class Run:
@@ -76,6 +74,7 @@ class Run:
         self.last: dict[str, Any] | None = None
         self.without_gain = 0
         self.best_module: Module | None = None
+        self.train_features: Sequence[Features] = ()
         self._seconds = 0.0
         self._began: float | None = None
         if found is not None:
@@ -127,6 +126,7 @@ class Run:
         """Evaluate on the dev set; keep the tensors if they are the best so far."""
         assert self.dev_table is not None
         step, metric = trainer.state.global_step, self.task.metric
+        self.settle()
         with rng.kept():
             found = evaluate(
                 self.host, self.expression, self.task, self.dev_table, self.dev_features or (), head=self.head,
@@ -136,7 +136,7 @@ class Run:
         if metric not in metrics:
             raise TrainingError(f"task {self.task.name!r} selects by {metric!r}, which is not among its metrics: {listing(metrics)}")
         value = metrics[metric]["value"]
-        only = collapsed(found.predictions, self.host.labels(self.name))
+        only = only_answer(found.predictions) if len(self.host.labels(self.name) or ()) > 1 else None
         self.last = {"step": step, "value": value, "metrics": metrics, "only": only}
         if self._better(value):
             self.best, self.without_gain = self.last, 0
@@ -158,6 +158,13 @@ class Run:
             self.progress.note(f"step {step}: {self.without_gain} evaluations without a better dev {metric}; stopping early")
             trainer.control.should_training_stop = True
         return {f"eval_{metric}": math.nan if value is None else value, "eval_loss": math.nan if loss is None else loss}
+
+    def settle(self) -> None:
+        """Let the task set what no gradient finds, from the training examples (its hook `settle`)."""
+        hook = getattr(self.task, "settle", None)
+        if hook is not None:
+            with rng.kept():
+                hook(self.host, self.name, self.expression, self.train_features, self.recipe.eval_batch_size)
 
     def _better(self, value: float | None) -> bool:
         if value is None:
@@ -227,19 +234,6 @@ def put_tensors(host: Host, name: str, module: Module) -> None:
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(module.tensors[key])
-
-
-def collapsed(predictions: Sequence[Prediction], labels: Sequence[str] | None) -> str | None:
-    """The one class that all predictions are, None if there are several or too few to say."""
-    if labels is None or len(labels) < 2:
-        return None
-    units: list[Any] = []
-    for prediction in predictions:
-        value = prediction.value
-        units += value if isinstance(value, list | tuple) else [value]
-    if len(units) < COLLAPSE_AT or len(set(units)) != 1:
-        return None
-    return str(units[0])
 
 
 def plain_score(score: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from intarsia.patches import Head, LanguageModelHead
+from intarsia.methods.method import HeadSpec
 
 Batch = dict[str, Any]
 Features = Mapping[str, Any]
@@ -46,8 +46,20 @@ class Rows(Protocol):
 class Task(Protocol):
     """One kind of task, bound to its tokenizer, columns and labels.
 
+    A task may have more, which is used where it is there:
+
+    * `epoch: int | None`: set before `collate` to the training epoch, None in evaluation, for what is drawn anew (masks).
+    * `bind(model) -> None`: called once before `features` with the model that will run the task (a decoder's own shift).
+    * `context(batch) -> Mapping`: what the forms of a module must know of a batch, for `host.using(..., **context)`, one
+      value per row: lengths of prompts (`prompt`), positions of words (`words`) or masks.
+    * `outputs(model, batch)`: another way to ask the model than `model(**{key: batch[key] for key in keys})`.
+    * `writes: bool` and `generate(model, batch) -> list of texts`: the task generates; in evaluation the texts are put into
+      the outputs as `texts`.  They run without the task's context: all that a model reads first is then its prompt.
+    * `settle(host, name, expression, features, batch_size) -> None`: called with the training features before every
+      evaluation in training and at its end, to set what no gradient finds (prototypes).
+
     Attributes:
-        name: `classify`, `regress`, `tag`, `mlm`, `clm`, `seq2seq`.
+        name: `classify`, `regress`, `tag`, `parse`, `mlm`, `clm`, `seq2seq`.
         head: outputs that the module brings along; None where the base's own language-model head answers.
         model_head: which kind of base model the task runs on.
         metric: name of the metric that selects checkpoints; `higher_is_better` says which way.
@@ -55,7 +67,7 @@ class Task(Protocol):
     """
 
     name: str
-    head: Head | LanguageModelHead | None
+    head: HeadSpec | None
     model_head: ModelHead
     metric: str
     higher_is_better: bool
@@ -95,3 +107,9 @@ class Task(Protocol):
 
     def score(self, predictions: Sequence[Prediction], table: Rows) -> dict[str, Any]:
         """Metrics with bootstrap intervals: name -> Score(value, low, high, n) of `intarsia.tasks.metrics`."""
+
+
+def context_of(task: Task, batch: Batch) -> dict[str, Any]:
+    """What a task says of a batch to the forms of a module (its hook `context`)."""
+    tell = getattr(task, "context", None)
+    return {} if tell is None else dict(tell(batch))

@@ -34,7 +34,7 @@ from intarsia.train.checkpoint import Checkpoint
 from intarsia.train.rates import factor, optimiser_groups
 from intarsia.train.recipe import Recipe
 from intarsia.train.signals import Stop
-from intarsia.train.task import Batch, Task
+from intarsia.train.task import Batch, Task, context_of
 
 
 class Step(nn.Module):
@@ -58,7 +58,7 @@ class Step(nn.Module):
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.model.device.type, torch.bfloat16)
-        with self.__dict__["host"].using(self.expression, head=self.head) as model, autocast:
+        with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch)) as model, autocast:
             outputs = model(**{key: batch[key] for key in self.task.keys if key in batch})
         if isinstance(outputs.get("logits"), Tensor):
             outputs["logits"] = outputs["logits"].float()  # losses are summed in float32

@@ -10,6 +10,16 @@ from intarsia.errors import listing
 from intarsia.train.task import Prediction
 
 
+LEAST = 10
+"""Answers below which one value among them says nothing, where the right answers are not at hand."""
+
+
+def only_answer(predictions: Sequence[Prediction]) -> str | None:
+    """The one answer that all predictions are, None if there are several or fewer than `LEAST`."""
+    answers = Counter(_units(p.value for p in predictions))
+    return str(next(iter(answers))) if len(answers) == 1 and answers.total() >= LEAST else None
+
+
 def collapsed(predictions: Sequence[Prediction], references: Sequence[Any]) -> str | None:
     """A warning if all answers are the same although the references differ, else None.
 
