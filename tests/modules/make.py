@@ -58,6 +58,20 @@ def one_of_each(seed: int = 0) -> dict[str, torch.Tensor]:
     return made
 
 
+def sparse(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A mask, indices in two types and shapes, values, and matrices."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "0.ffn.up/diff.mask": torch.rand(40, 77, generator=g) < 0.1,
+        "0.ffn.up/diff.index": torch.randperm(90_000, generator=g)[:700].sort().values,
+        "1.ffn.up/diff.index": torch.stack([torch.randperm(2**20, generator=g)[:90].sort().values for _ in range(3)]).int(),
+        "0.ffn.up/diff.values": torch.randn(700, generator=g),
+        "0.attn.q/lora.up": torch.randn(48, 8, generator=g),
+        "0.attn.q/lora.down": torch.randn(8, 48, generator=g).bfloat16(),
+        "stem/x.order": torch.randperm(500, generator=g),
+    }
+
+
 def container(header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
     """A safetensors file with an arbitrary header."""
     text = json.dumps(header).encode() if isinstance(header, dict) else header

@@ -215,8 +215,8 @@ def set_meta(key: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (set_meta("version", "2"), "reads up to 1: it needs intarsia >= 0.1 (pip install -U intarsia)"),
-        (lambda h: h[META].update(version="7", needs="9.3.1"), "format version 7, this intarsia reads up to 1: it needs intarsia >= 9.3.1"),
+        (set_meta("version", "3"), "reads up to 2: it needs intarsia >= 0.1 (pip install -U intarsia)"),
+        (lambda h: h[META].update(version="7", needs="9.3.1"), "format version 7, this intarsia reads up to 2: it needs intarsia >= 9.3.1"),
         (lambda h: h[META].update(version="7", needs="\x1b[31m$(rm)"), "it needs a newer intarsia (pip"),
         (lambda h: h[META].update(version="7", anything="new"), "format version 7"),
         (lambda h: (h[META].update(version="7"), h["head/head.bias"].update(dtype="F4")), "format version 7"),

@@ -1,17 +1,18 @@
 """Files written by earlier releases: each is still read as what it was, and written again byte for byte.
 
-`golden/v1.safetensors` was written by format version 1.  It is never regenerated: a change that breaks this test orphans
-the modules people have.  Its method has no patches, so that only the file format is tested here.
+`golden/v1.safetensors` was written by format version 1, `golden/v2.safetensors` by version 2 with `dtype="int8"`.  They are never regenerated: a change that breaks this test orphans
+the modules people have.  Their method has no patches, so that only the file format is tested here.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from intarsia.methods import Method
-from intarsia.modules import Card, Cost, DataSource, Metric, Module, dumps, load
+from intarsia.modules import Card, Cost, DataSource, Metric, Module, compact, dumps, load, read_header
 from tests.modules.make import base
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,4 +49,24 @@ def test_version_1_is_read_and_written_as_ever() -> None:
     assert dumps(loaded) == dumps(made) == (GOLDEN / "v1.safetensors").read_bytes()
 
 
+def version_2() -> Module:
+    """What the file of version 2 holds, before rounding: tensors in every code."""
+    return replace(version_1(), tensors={
+        **version_1().tensors,
+        "0.ffn.up/diff.index": torch.arange(400) ** 2 % 70_001 + torch.arange(400) * 70_001,
+        "0.ffn.up/diff.mask": torch.arange(3000).reshape(30, 100) % 7 == 0,
+        "0.ffn.up/diff.values": torch.arange(400.0) / 9 - 20,
+        "1.attn.q/lora.up": torch.arange(-200.0, 200.0).reshape(20, 20) / 11,
+    })  # fmt: skip
+
+
+def test_version_2_is_read_and_written_as_ever() -> None:
+    loaded, made = load(GOLDEN / "v2.safetensors"), compact(version_2(), "int8")
+    assert read_header(GOLDEN / "v2.safetensors").version == 2 and len(read_header(GOLDEN / "v2.safetensors").coding) == 4
+    assert loaded.digest == made.digest == DIGEST_2
+    assert loaded.card == made.card
+    assert dumps(loaded, dtype="int8") == dumps(version_2(), dtype="int8") == (GOLDEN / "v2.safetensors").read_bytes()
+
+
+DIGEST_2 = "daf99be94df43bbde8fbe70bbc2834ee7415d59433d1f2bbf5c0f7b3dc5ac931"
 DIGEST = "75bae746547bd2edb1385123e51ba66c908eb00b9c023a31b11a170f65d72295"

@@ -2,6 +2,7 @@
 
 from intarsia.modules.atomic import sweep_temporary, write_atomic
 from intarsia.modules.card import NOT_EVALUATED, Card, Cost, DataSource, Metric
+from intarsia.modules.compact import compact
 from intarsia.modules.file import Header, check_finite, dumps, load, loads, read_header, save
 from intarsia.modules.module import DTYPES, Module, Owned
 from intarsia.modules.names import check_name, quoted
@@ -18,6 +19,7 @@ __all__ = [
     "Owned",
     "check_finite",
     "check_name",
+    "compact",
     "dumps",
     "load",
     "loads",

@@ -176,9 +176,9 @@ def _entry(key: str, value: Any) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModuleError(f"header: tensor {key!r} has dtype {str(dtype)[:40]!r}; allowed are {listing(DTYPES, 20)}")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+    if not are_sizes(shape):
         raise ModuleError(f"header: tensor {key!r} has shape {str(shape)[:80]}; a shape is at most {MAX_DIMENSIONS} sizes below 2**48")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+    if not are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise ModuleError(f"header: tensor {key!r} has data_offsets {str(offsets)[:80]}; expected [begin, end]")
     needed = _nbytes(dtype, shape)
     if offsets[1] - offsets[0] != needed:
@@ -186,8 +186,9 @@ def _entry(key: str, value: Any) -> Entry:
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**48 for v in value)
+def are_sizes(value: Any) -> bool:
+    """Whether a value from JSON is a shape: at most eight sizes below 2**48."""
+    return isinstance(value, list) and len(value) <= MAX_DIMENSIONS and all(type(v) is int and 0 <= v < 2**48 for v in value)
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:

@@ -31,16 +31,20 @@ from intarsia.errors import ModuleError, SpecError, StoreError, listing, nearest
 from intarsia.methods.method import Method
 from intarsia.modules.atomic import write_atomic
 from intarsia.modules.card import Card
-from intarsia.modules.container import Entry, Layout, header_bytes, lay_out, read_layout
+from intarsia.modules.coding import Coded, check_size, decoded, encoded
+from intarsia.modules.compact import Values, compact
+from intarsia.modules.container import Entry, Layout, are_sizes, header_bytes, lay_out, read_layout
 from intarsia.modules.module import DTYPE_NAMES, DTYPES, Module, Owned, identity, tensor_bytes, tensor_sha256
 from intarsia.sites.fingerprint import Fingerprint
 
 FORMAT = "intarsia-module"
-VERSION = 1
+VERSION = 2
+"""The newest version: 2 has coded tensors; a file without any is written as version 1."""
 NEEDS = "0.1"
 """First release of intarsia that reads files of this version; written into the file for the benefit of older ones."""
 
 _KEYS = frozenset(("format", "version", "needs", "name", "method", "base", "labels", "roles", "requires", "context", "card", "digest", "checksum"))
+_CODING = "coding"  # the entry that version 2 adds
 _HEX = re.compile(r"[0-9a-f]{64}")
 _BLANK = b"0" * 64
 _BLOCK = 1 << 20  # values looked at together
@@ -52,7 +56,8 @@ class Header:
 
     Attributes:
         specification: the method as JSON; `method` decodes it, which fails if it names what is not installed.
-        tensors: dtype, shape and place of each tensor.
+        tensors: dtype, shape and place of each tensor; of a coded one the dtype and shape it is decoded to.
+        coding: how tensors are coded that are not stored as they are.
         size: bytes of the file.
     """
 
@@ -66,6 +71,7 @@ class Header:
     card: Card
     digest: str
     tensors: Mapping[str, Entry]
+    coding: Mapping[str, Coded]
     version: int
     size: int
 
@@ -75,14 +81,20 @@ class Header:
         return decode(self.specification, Method, "$.method")
 
 
-def save(module: Module, path: str | os.PathLike[str]) -> str:
-    """Write a module to a file, whole or not at all, and return its digest.
+def save(module: Module, path: str | os.PathLike[str], *, dtype: Values | None = None) -> str:
+    """Write a module to a file, whole or not at all, and return the digest of what was written.
+
+    Masks and rising indices are coded without loss and without being asked (`coding.py`); the digest does not depend on it.
+
+    Args:
+        dtype: round the values first, see `compact`; None writes them as they are.
 
     Raises:
         ModuleError: a tensor holds NaN or infinity, or the header grows beyond its limits.
         StoreError: the file cannot be written; what was there before is untouched.
     """
-    chunks = _chunks(module)
+    module = module if dtype is None else compact(module, dtype)
+    chunks = _chunks(module, dtype == "int8")
     write_atomic(path, chunks, sum(len(chunk) for chunk in chunks))
     return module.digest
 
@@ -111,9 +123,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _header(read_layout(file, size, _version))
 
 
-def dumps(module: Module) -> bytes:
+def dumps(module: Module, *, dtype: Values | None = None) -> bytes:
     """The bytes `save` would write."""
-    return b"".join(_chunks(module))
+    return b"".join(_chunks(module if dtype is None else compact(module, dtype), dtype == "int8"))
 
 
 def loads(data: bytes, *, name: str | None = None, source: str = "bytes") -> Module:
@@ -129,13 +141,16 @@ def loads(data: bytes, *, name: str | None = None, source: str = "bytes") -> Mod
         return _read(io.BytesIO(data), len(data), name)
 
 
-def _chunks(module: Module) -> list[bytes | memoryview]:
+def _chunks(module: Module, int8: bool) -> list[bytes | memoryview]:
     """The file in pieces: length and header, then each tensor's memory."""
     _check_host()
     check_finite(module.tensors)
-    entries = lay_out({key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in module.tensors.items()})
+    coded = {key: found for key, tensor in module.tensors.items() if (found := encoded(tensor, int8))}
+    held = {key: coded[key][1] if key in coded else tensor for key, tensor in module.tensors.items()}
+    entries = lay_out({key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in held.items()})
+    coding = {_CODING: canonical_json({key: list(what) for key, (what, _) in coded.items()}).decode("utf-8")} if coded else {}
     values = {
-        "format": FORMAT, "version": str(VERSION), "needs": NEEDS, "name": module.name, "digest": module.digest, "checksum": _BLANK.decode(),
+        "format": FORMAT, "version": "2" if coded else "1", **coding, "needs": NEEDS, "name": module.name, "digest": module.digest, "checksum": _BLANK.decode(),
         **{
             key: canonical_json(value).decode("utf-8")
             for key, value in (
@@ -146,7 +161,7 @@ def _chunks(module: Module) -> list[bytes | memoryview]:
     }  # fmt: skip
     blank = header_bytes(entries, values)
     checksum = hashlib.sha256(blank).hexdigest()
-    return [blank.replace(_field(_BLANK), _field(checksum.encode())), *(tensor_bytes(module.tensors[key]) for key in entries)]
+    return [blank.replace(_field(_BLANK), _field(checksum.encode())), *(tensor_bytes(held[key]) for key in entries)]
 
 
 def _field(checksum: bytes) -> bytes:
@@ -160,7 +175,8 @@ def _read(file: io.BufferedIOBase, size: int, name: str | None) -> Module:
     header = _header(layout)
     tensors, hashes = Owned(), {}
     for key, entry in layout.entries.items():
-        tensors[key] = _read_tensor(file, key, entry, layout)
+        tensor = _read_tensor(file, key, entry, layout)
+        tensors[key] = decoded(key, header.coding[key], tensor) if key in header.coding else tensor
         hashes[key] = tensor_sha256(tensors[key])
     module = Module(
         name=header.name if name is None else name,
@@ -197,7 +213,9 @@ def _read_tensor(file: io.BufferedIOBase, key: str, entry: Entry, layout: Layout
 def _header(layout: Layout) -> Header:
     """Interpret and check the metadata of a module file."""
     meta = layout.metadata
-    unknown, missing = sorted(set(meta) - _KEYS), sorted(_KEYS - set(meta))
+    version = _version(meta)
+    keys = _KEYS if version == 1 else _KEYS | {_CODING}
+    unknown, missing = sorted(set(meta) - keys), sorted(keys - set(meta))
     if unknown or missing:
         parts = [f"unknown entries {listing(ascii(k[:40]) for k in unknown)}"] * bool(unknown) + [f"missing entries {listing(missing, 20)}"] * bool(missing)
         raise ModuleError(f"header: {' and '.join(parts)} in the metadata")
@@ -209,6 +227,8 @@ def _header(layout: Layout) -> Header:
         base = Fingerprint.from_dict(value["base"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModuleError(f"header: the base's fingerprint cannot be read: {error}") from error
+    coding = _coding(parse_json(meta[_CODING], _CODING), layout) if version > 1 else {}
+    tensors = {k: Entry(coding[k].dtype, coding[k].shape, e.begin, e.end) if k in coding else e for k, e in layout.entries.items()}
     return Header(
         name=meta["name"],
         specification=value["method"],
@@ -219,10 +239,27 @@ def _header(layout: Layout) -> Header:
         context=decode(value["context"], Mapping[str, object], "$.context"),
         card=decode(value["card"], Card, "$.card"),
         digest=meta["digest"],
-        tensors=layout.entries,
-        version=_version(meta),
+        tensors=tensors,
+        coding=coding,
+        version=version,
         size=layout.size,
     )
+
+
+def _coding(value: Any, layout: Layout) -> dict[str, Coded]:
+    """How tensors are coded, checked against the bytes each has; nothing of their decoded size is allocated."""
+    if not isinstance(value, dict) or not value:
+        raise ModuleError("header: coding is not an object that names a tensor")
+    found = {}
+    for key, what in value.items():
+        entry = layout.entries.get(key)
+        if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
+            raise ModuleError(f"header: coding names {ascii(key)[:80]}, which is no row of bytes in this file")
+        if not isinstance(what, list) or len(what) != 3 or not all(isinstance(word, str) for word in what[:2]) or not are_sizes(what[2]):
+            raise ModuleError(f"header: the coding of tensor {key!r} is {str(what)[:80]}; expected [code, dtype, shape]")
+        found[key] = Coded(what[0], what[1], tuple(what[2]))
+        check_size(key, found[key], entry.end - entry.begin)
+    return found
 
 
 def _version(meta: Mapping[str, str]) -> int:

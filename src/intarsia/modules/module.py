@@ -149,7 +149,7 @@ def identity(module: Module, hashes: Mapping[str, str]) -> str:
     """
     base = module.base.to_dict()
     document = {
-        "base": {name: base[name] for name in COMPARED},
+        "base": {name: base[name] for name in COMPARED if name in base},
         "context": module.context,
         "labels": module.labels,
         "method": encode(module.method),

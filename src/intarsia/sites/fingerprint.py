@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ BLOCKS, BLOCK = 33, 1024
 
 #: Fields in the order in which they are compared: what explains most comes first.
 COMPARED = ("architecture", "layers", "width", "vocabulary", "quantisation", "shapes", "weights", "tokenizer")
+
+#: Fields that every stored fingerprint has.
+_FIRST = ("architecture", "layers", "width", "vocabulary", "shapes", "weights", "quantisation", "tokenizer", "dtype")
 
 #: Texts whose pieces show normalisation, pre-tokenisation and special tokens.
 PROBES = (
@@ -89,12 +92,13 @@ class Fingerprint:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "layers": list(self.layers)}
+        """Plain values for JSON.  Fields that came later than `_FIRST` are left out at their default, so that they change no digest."""
+        values = {**asdict(self), "layers": list(self.layers)}
+        return {f.name: values[f.name] for f in fields(self) if f.name in _FIRST or values[f.name] != f.default}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Fingerprint:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a missing optional field has its default.
 
         Raises:
             ValueError: not such a mapping; the message names the field.
@@ -105,11 +109,12 @@ class Fingerprint:
             **dict.fromkeys(("width", "vocabulary"), (int,)),
             "layers": (list, tuple),
         }
-        if not isinstance(value, Mapping) or set(value) != set(kinds):
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        if not isinstance(value, Mapping) or not needed <= set(value) <= set(kinds):
             found = sorted(value) if isinstance(value, Mapping) else type(value).__name__
             raise ValueError(f"a fingerprint has the fields {sorted(kinds)}, found {found}")
         for name, allowed in kinds.items():
-            if not isinstance(value[name], allowed) or isinstance(value[name], bool):
+            if name in value and (not isinstance(value[name], allowed) or isinstance(value[name], bool)):
                 raise ValueError(f"fingerprint: {name} is {type(value[name]).__name__}, expected {allowed[0].__name__}")
         if not all(type(count) is int for count in value["layers"]):
             raise ValueError("fingerprint: layers is not a list of integers")
