@@ -140,6 +140,7 @@ CASES = {
     "classify": ({"text": "t", "prefix": "query: ", "problem": "multi"}, ("b", "a")),
     "regress": ({"value": "score"}, None),
     "tag": ({"overlap": 3, "max_length": 20}, ("O", "B-X", "I-X")),
+    "parse": ({"heads": "h", "arc_width": 8, "max_length": 20}, ("det", "root")),
     "mlm": ({"lm_head": "new", "rate": 0.2, "whole_words": True}, None),
     "clm": ({"prompt": "p", "completion": "c", "generate": True}, None),
     "seq2seq": ({"beams": 4}, None),

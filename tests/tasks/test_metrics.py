@@ -215,6 +215,13 @@ INPUTS = {
     "span_f1": ([["B-X", "I-X"], ["O"], ["I-Y"], ["B-X", "B-X"]], [["B-X", "O"], ["B-X"], ["B-Y"], ["B-X", "I-X"]]),
     "span_f1_strict": ([["B-X", "I-X"], ["O"], ["I-Y"], ["B-X", "B-X"]], [["B-X", "I-X"], ["B-X"], ["B-Y"], ["B-X", "I-X"]]),
     "token_accuracy": ([["B-X", "I-X"], ["O"], [], ["B-X"]], [["B-X", "O"], ["O"], [], ["O"]]),
+    **{
+        name: (
+            [[(2, "a"), (0, "root")], [(0, "root")], [(0, "root"), (1, "punct")], [(2, "a"), (0, "b"), (1, "punct:x")]],
+            [[(2, "b"), (0, "root")], [(0, "root")], [(2, "a"), (0, "root")], [(3, "a"), (0, "b"), (2, "punct:x")]],
+        )
+        for name in ("uas", "las", "las_no_punct")
+    },
     "perplexity": ([3.0, 1.0, 0.5, 7.0], [3, 2, 1, 4]),
     "bits_per_character": ([3.0, 1.0, 0.5, 7.0], [3, 2, 1, 4]),
     "bleu": (HYPOTHESES[:2] + HYPOTHESES[3:], REFERENCES[:2] + REFERENCES[3:]),

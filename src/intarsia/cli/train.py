@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Base = Annotated[str | None, typer.Option("--base", help="A folder, a name of `intarsia bases`, or a hub id.")]
 Train = Annotated[list[str] | None, typer.Option("--train", "--data", help="Training data; may be given several times.")]
 Dev = Annotated[list[str] | None, typer.Option("--dev", help="Data that select the best checkpoint; may be given several times.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="classify, regress, tag, mlm, clm or seq2seq; else what the columns suggest.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="classify, regress, tag, parse, mlm, clm or seq2seq; else what the columns suggest.")]
 MethodName = Annotated[str | None, typer.Option("--method", help="A method of `intarsia methods`; lora if nothing is said.")]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the new module; the method's if nothing is said.")]
 Out = Annotated[str | None, typer.Option("--out", "-o", help="Run directory; runs/NAME if nothing is said.")]
@@ -213,7 +213,7 @@ def run(
     table = read_table(config.train, config.format, config.read_settings)
     dev = None if config.dev is None else read_table(config.dev, config.format, config.read_settings)
     kind = tasks.TASKS[config.task]
-    base = bases.load(config.base, head="none" if kind.name in ("classify", "regress", "tag") else None, allow_network=allow_network)
+    base = bases.load(config.base, head="none" if kind.headless else None, allow_network=allow_network)
     settings = {**tasks.base_settings(kind.name, base), **config.task_settings}
     if recipe.max_length is not None:
         settings.setdefault("max_length", recipe.max_length)

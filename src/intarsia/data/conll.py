@@ -7,8 +7,9 @@ tuples of strings.  A sentence with one malformed line is one malformed row.
   text).  Token is the first, tag the last column.  There are no comments, `#` is a token.  `-DOCSTART-` lines of
   CoNLL-2003 are no sentences.
 * `iob2`: `#` comments, a token number, the token, its tag, perhaps more (Universal NER).
-* `conllu`: https://universaldependencies.org/format.html; token is FORM, tag is UPOS.  Words are read; lines of multiword
-  tokens (`3-4`) and of empty nodes (`3.1`) are not words.
+* `conllu`: https://universaldependencies.org/format.html; token is FORM, tag is UPOS; the columns `heads` (HEAD) and
+  `relations` (DEPREL) come along, and `skipped`: the ids of lines that are no words, of multiword tokens (`3-4`) and of empty
+  nodes (`3.1`).  Whether heads form a tree is a matter of the task that reads them.
   In both, the comments `sent_id` and `text` are columns of text that can be asked for.
 """
 
@@ -25,6 +26,7 @@ from intarsia.errors import DataError, UsageError
 
 CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 COMMENTS = ("sent_id", "text")
+SKIPPED = "skipped"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _NOT_A_WORD = re.compile(r"[0-9]{1,9}(-|\.)[0-9]{1,9}")
 
@@ -36,6 +38,7 @@ class Block:
     index: int
     tokens: tuple[tuple[int, tuple[str, ...]], ...]
     comments: dict[str, str]
+    skipped: tuple[str, ...] = ()
 
 
 def _parse_conll(files: Sequence[Lines], options: Options) -> Parsed:
@@ -73,9 +76,11 @@ def _parse_iob2(files: Sequence[Lines], options: Options) -> Parsed:
 
 def _parse_conllu(files: Sequence[Lines], options: Options) -> Parsed:
     (lines,) = files
-    columns: Columns = options.columns or (("tokens", "form"), ("tags", "upos"))
-    names, found = choose(columns, (*CONLLU, *COMMENTS), lines.name)
-    positions = tuple(p if p < len(CONLLU) else COMMENTS[p - len(CONLLU)] for p in found)
+    columns: Columns = options.columns or (
+        ("tokens", "form"), ("tags", "upos"), ("heads", "head"), ("relations", "deprel"), (SKIPPED, SKIPPED)
+    )  # fmt: skip
+    names, found = choose(columns, (*CONLLU, *COMMENTS, SKIPPED), lines.name)
+    positions = tuple(p if p < len(CONLLU) else (*COMMENTS, SKIPPED)[p - len(CONLLU)] for p in found)
     return names, _sentences(lines, "\t", len(CONLLU), positions, comments=True, numbered=True)
 
 
@@ -137,18 +142,23 @@ def _fields(text: str, separator: str) -> tuple[str, ...]:
 def _numbered(lines: Lines, block: Block) -> Block | Bad:
     """Only the words; their numbers must run 1, 2, 3 ..."""
     words: list[tuple[int, tuple[str, ...]]] = []
+    skipped: list[str] = []
     for index, fields in block.tokens:
         if _NOT_A_WORD.fullmatch(fields[0]):
+            skipped.append(fields[0])
             continue
         if not _NUMBER.fullmatch(fields[0]) or int(fields[0]) != len(words) + 1:
             return Bad(index + 1, 1, f"the number of the token was expected to be {len(words) + 1}", lines.texts[index])
         words.append((index, fields))
-    return Block(block.index, tuple(words), block.comments)
+    return Block(block.index, tuple(words), block.comments, tuple(skipped))
 
 
 def _row(lines: Lines, block: Block, positions: Sequence[int | str]) -> Row | Bad:
     cells: list[Cell] = []
     for position in positions:
+        if position == SKIPPED:
+            cells.append(block.skipped)
+            continue
         if isinstance(position, str):
             if position not in block.comments:
                 return Bad(block.index + 1, 0, f"the sentence has no comment '# {position} = ...'", lines.texts[block.index])

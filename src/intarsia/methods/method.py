@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from intarsia._codec import register
 from intarsia._registry import Registry
 from intarsia.errors import SpecError, listing, nearest
-from intarsia.patches import Add, FormSpec, Gated, Head, LanguageModelHead, Mul, MultiMaskLabels, OpSpec
+from intarsia.patches import Add, Biaffine, FormSpec, Gated, Head, LanguageModelHead, Mul, MultiMaskLabels, OpSpec
 
 PortName = Literal["out", "in", "weight", "mem", "seq", "logits"]
-HeadSpec = Head | LanguageModelHead | MultiMaskLabels
+HeadSpec = Head | LanguageModelHead | MultiMaskLabels | Biaffine
 
 
 @register("patch")

@@ -2,6 +2,7 @@
 
 from intarsia.patches.affine import Affine
 from intarsia.patches.attend import Attend
+from intarsia.patches.biaffine import Biaffine
 from intarsia.patches.bottleneck import Bottleneck
 from intarsia.patches.circulant import Circulant
 from intarsia.patches.combine import Blocks, Hadamard, Sum
@@ -34,6 +35,7 @@ __all__ = [
     "Add",
     "Affine",
     "Attend",
+    "Biaffine",
     "Blocks",
     "Bottleneck",
     "Butterfly",

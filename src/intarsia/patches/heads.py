@@ -45,24 +45,28 @@ def pool(states: Tensor, mask: Tensor | None, how: str) -> Tensor:
     return states[torch.arange(len(states), device=states.device), last]
 
 
-class HeadForm(Form):
-    """logits: [B, n] or, with `token` pooling, [B, T, n]."""
+class Standardised(Form):
+    """A form that reads centred and scaled features.
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, spec: Head) -> None:
+    Args:
+        spec: says whether (`standardise`) and of what (`pooling`).
+        like: [..., d], for width, dtype and device.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, spec: Any, like: Tensor) -> None:
         super().__init__()
-        self.weight = weight
-        self.bias = bias
         self.spec = spec
         if spec.standardise:
-            d = weight.shape[1]
-            self.register_buffer("mean", torch.zeros(d, dtype=weight.dtype, device=weight.device))
-            self.register_buffer("scale", torch.ones(d, dtype=weight.dtype, device=weight.device))
-        self.mean: Tensor
-        self.scale: Tensor
+            d = like.shape[-1]
+            self.register_buffer("mean", torch.zeros(d, dtype=like.dtype, device=like.device))
+            self.register_buffer("scale", torch.ones(d, dtype=like.dtype, device=like.device))
 
     def features(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """What the linear map reads before centring."""
-        return same_dtype(pool(states, mask, self.spec.pooling), self.weight)
+        """What is centred and scaled, [B, d] or [B, T, d]."""
+        return pool(states, mask, self.spec.pooling)
 
     def calibrate(self, features: Tensor) -> None:
         """Set centre and scale from features [N, d] of training rows."""
@@ -71,10 +75,25 @@ class HeadForm(Form):
             deviation = features.std(0, unbiased=False)
             self.scale.copy_(1.0 / deviation.clamp(min=float(deviation.mean()) * 1e-2 + 1e-12))
 
+    def standardised(self, x: Tensor) -> Tensor:
+        """Features, centred and scaled."""
+        return (x - self.mean) * self.scale if self.spec.standardise else x
+
+
+class HeadForm(Standardised):
+    """logits: [B, n] or, with `token` pooling, [B, T, n]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, spec: Head) -> None:
+        super().__init__(spec, weight)
+        self.weight = weight
+        self.bias = bias
+
+    def features(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """What the linear map reads before centring."""
+        return same_dtype(super().features(states, mask), self.weight)
+
     def forward(self, h: Any, seen: Seen) -> Tensor:
-        x = self.features(seen.input, seen.mask)
-        if self.spec.standardise:
-            x = (x - self.mean) * self.scale
+        x = self.standardised(self.features(seen.input, seen.mask))
         return F.linear(dropped(x, self.spec.dropout, self.training), self.weight, self.bias)
 
     def export(self) -> tuple[Head, dict[str, Tensor]] | None:

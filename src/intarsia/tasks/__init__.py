@@ -5,6 +5,7 @@ from intarsia.tasks.clm import Causal, CausalOptions
 from intarsia.tasks.common import BaseTask, Options
 from intarsia.tasks.metrics import METRICS, Score, compare, score
 from intarsia.tasks.mlm import Masked, MaskedOptions
+from intarsia.tasks.parse import Parse, ParseOptions
 from intarsia.tasks.registry import (
     CONTEXT,
     TASKS,
@@ -36,6 +37,8 @@ __all__ = [
     "Masked",
     "MaskedOptions",
     "Options",
+    "Parse",
+    "ParseOptions",
     "Regress",
     "RegressOptions",
     "Score",

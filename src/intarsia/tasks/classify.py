@@ -132,5 +132,6 @@ TASKS.add(
         ("text",),
         _make,
         _labels,
+        headless=True,
     ),
 )

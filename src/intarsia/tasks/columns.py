@@ -23,6 +23,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "labels", "category", "class", "intent", "sentiment", "topic", "gold_label"),
     "value": ("value", "score", "rating", "label", "similarity"),
     "tokens": ("tokens", "words", "form", "forms"),
+    "heads": ("heads", "head"),
+    "relations": ("relations", "deprel", "deprels"),
     "tags": ("tags", "ner_tags", "pos_tags", "ner", "pos", "upos", "labels"),
     "source": ("source", "src"),
     "target": ("target", "tgt", "reference"),

@@ -110,6 +110,10 @@ class BaseTask(Generic[O]):
         """The right answers of all rows, in the form of a prediction's value."""
         raise NotImplementedError
 
+    def label_cells(self, table: Rows) -> list[tuple[str, ...]]:
+        """The label names in the right answers of every row."""
+        return [(cell,) if isinstance(cell, str) else tuple(cell) for cell in self.references(table)]
+
     # -- to be written by a task -------------------------------------------------------------------------------------
 
     def features(self, table: Rows, *, labelled: bool = True) -> Sequence[Features]:

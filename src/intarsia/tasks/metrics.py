@@ -254,6 +254,21 @@ def _token_accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> Sa
     return additive(rows, lambda sums: _ratio(sums[:, 0], sums[:, 1]))
 
 
+def _attachment(relations: bool, punctuation: bool) -> Callable[[Sequence[Any], Sequence[Any]], Sample]:
+    """Share of the words with the right head (and relation, subtypes included)."""
+
+    def sample(predictions: Sequence[Any], references: Sequence[Any]) -> Sample:
+        _sentences(predictions, references)
+        rows = []
+        for predicted, right in zip(predictions, references):
+            chosen = [(p, r) for p, r in zip(predicted, right) if punctuation or r[1].partition(":")[0] != "punct"]
+            rows.append([sum(tuple(p) == tuple(r) if relations else p[0] == r[0] for p, r in chosen), len(chosen)])
+        kept = "kept" if punctuation else "left out"
+        return additive(rows, lambda sums: _ratio(sums[:, 0], sums[:, 1]), f"punct:{kept}|subtypes:kept|unit:sentence")
+
+    return sample
+
+
 def _rate(name: str, transform: Callable[[Array], Array]) -> Callable[[Sequence[Any], Sequence[Any]], Sample]:
     """Summed negative log-likelihoods (nats) over summed units, transformed."""
 
@@ -301,6 +316,7 @@ def _sacrebleu(name: str, **options: object) -> Callable[[Sequence[Any], Sequenc
 
 _CLASSES = "one label (or collection of labels) per example"
 _TAGS = "one sequence of tags per sentence"
+_ARCS = "one (head, relation) per word, a sequence per sentence"
 _TEXTS = "one text per example; a reference may be a list of texts"
 for _metric in (
     Metric("accuracy", _CLASSES, _accuracy),
@@ -312,6 +328,9 @@ for _metric in (
     Metric("span_f1", _TAGS + "; spans as seqeval's default and conlleval", _span_f1("lenient")),
     Metric("span_f1_strict", _TAGS + "; spans as seqeval's strict IOB2", _span_f1("iob2")),
     Metric("token_accuracy", _TAGS, _token_accuracy),
+    Metric("uas", _ARCS, _attachment(False, True)),
+    Metric("las", _ARCS, _attachment(True, True)),
+    Metric("las_no_punct", _ARCS + "; words that are no punctuation", _attachment(True, False)),
     Metric("perplexity", "summed loss in nats, and number of tokens, per example", _rate("perplexity", np.exp), False),
     Metric(
         "bits_per_character",

@@ -31,6 +31,7 @@ class Kind:
         make: `(tokenizer, options, labels) -> Task`.
         labels: the label inventory of a table, for tasks that need one.
         suit: settings that follow from a model, where the user says nothing.
+        headless: answers come from a head of the module, so the base is loaded without one.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kind:
     make: Callable[[Any, Any, Sequence[str] | None], BaseTask[Any]]
     labels: Callable[[Any, Rows], Sequence[str]] | None = None
     suit: Callable[[Any], dict[str, Any]] = lambda model: {}
+    headless: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def build(
     """A task bound to its tokenizer, columns and labels.
 
     Args:
-        name: `classify`, `regress`, `tag`, `mlm`, `clm`, `seq2seq`, or one that a package adds.
+        name: `classify`, `regress`, `tag`, `parse`, `mlm`, `clm`, `seq2seq`, or one that a package adds.
         labels: label names in the order of the outputs; None to take those of `table`, sorted.
         table: the training data: gives labels, and columns where `columns` is None.
         columns: role -> column, e.g. `{"text": "sentence", "label": "topic"}`.
@@ -168,6 +170,7 @@ _TOGETHER = ("prompt", "completion")
 
 _SUGGEST = {
     "tag": ("tokens", "tags"),
+    "parse": ("tokens", "heads", "relations"),
     "seq2seq": ("source", "target"),
     "clm": ("prompt", "completion"),
     "classify": ("text", "label"),

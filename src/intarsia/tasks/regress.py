@@ -83,5 +83,6 @@ TASKS.add(
         ("text", "pair", "value"),
         ("text",),
         Regress,
+        headless=True,
     ),
 )

@@ -193,9 +193,8 @@ def _known(task: BaseTask[Any], table: Rows, names: Sequence[LabelMap | None]) -
     Raises:
         DataError: naming the difference.
     """
-    references, where = task.references(table), columns.where(table)
+    labels, where = task.label_cells(table), columns.where(table)
     assert task.labels is not None
     for inventory in dict.fromkeys(name or task.labels for name in names):
         rows = [row for row, name in enumerate(names) if (name or task.labels) == inventory]
-        cells = [(c,) if isinstance(c, str) else tuple(c) for c in (references[row] for row in rows)]
-        inventory.encode_tags(cells, lambda i, rows=rows: where(rows[i]))  # type: ignore[misc]
+        inventory.encode_tags([labels[row] for row in rows], lambda i, rows=rows: where(rows[i]))  # type: ignore[misc]

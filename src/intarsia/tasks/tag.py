@@ -199,4 +199,4 @@ def _make(tokenizer: Any, options: Any, labels: Sequence[str] | None) -> Tag:
     return Tag(tokenizer, options, labels)
 
 
-TASKS.add("tag", Kind("tag", "a tag for every word", TagOptions, ("tokens", "tags"), ("tokens",), _make, _labels))
+TASKS.add("tag", Kind("tag", "a tag for every word", TagOptions, ("tokens", "tags"), ("tokens",), _make, _labels, headless=True))

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from intarsia.host import Host
-from intarsia.patches.heads import HeadForm
+from intarsia.patches.heads import Standardised
 from intarsia.train.batches import evaluation_batches, moved
 from intarsia.train.frozen import evaluating
 from intarsia.train.order import steps
 from intarsia.train.task import Features, Task, context_of
 
 
-def new_heads(host: Host, name: str) -> list[HeadForm]:
+def new_heads(host: Host, name: str) -> list[Standardised]:
     """The heads of a module that standardise their features and have not measured them yet."""
     forms = [delta.form for _, deltas in host.deltas(name) for delta in deltas]
-    heads = [form for form in forms if isinstance(form, HeadForm) and form.spec.standardise]
+    heads = [form for form in forms if isinstance(form, Standardised) and form.spec.standardise]
     return [head for head in heads if not head.mean.any() and bool((head.scale == 1).all())]
 
 

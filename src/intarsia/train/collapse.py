@@ -9,7 +9,6 @@ from typing import Any
 from intarsia.errors import listing
 from intarsia.train.task import Prediction
 
-
 LEAST = 10
 """Answers below which one value among them says nothing, where the right answers are not at hand."""
 

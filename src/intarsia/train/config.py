@@ -68,7 +68,7 @@ class TrainConfig(Configuration):
 
     name: str = Field(description="name of the new module")
     base: str = Field(description="embedded name, local path or hub id of the base model")
-    task: str = Field(description="classify, regress, tag, mlm, clm, seq2seq")
+    task: str = Field(description="classify, regress, tag, parse, mlm, clm, seq2seq")
     task_settings: Settings = Field(default_factory=dict, description="columns, label scheme, text prefix ... of the task")
     method: str = Field(default="lora", description="method by the literature's name")
     method_settings: Settings = Field(default_factory=dict, description="arguments of the method")

@@ -15,11 +15,13 @@ from torch import nn
 from intarsia.errors import TrainingError
 from intarsia.host import Host
 from intarsia.methods import Method
-from intarsia.patches import LanguageModelHead
+from intarsia.patches import Biaffine, LanguageModelHead
 from intarsia.train.recipe import Recipe
 
 HEAD_RATE = 5e-3
 """Of a linear head on standardised features."""
+PARSER_RATE = 2e-3
+"""Of a biaffine head, as in its paper."""
 LM_HEAD_RATE = 1e-3
 """Of a language-model head, which begins near the identity."""
 
@@ -40,7 +42,7 @@ def rates(method: Method, recipe: Recipe) -> dict[str, Rate]:
     found = {"": Rate(main, decay)}
     for group in policy.groups:
         found[group.tag] = Rate(main * group.rate, decay if group.decay is None else group.decay)
-    default = LM_HEAD_RATE if isinstance(method.head, LanguageModelHead) else HEAD_RATE
+    default = {LanguageModelHead: LM_HEAD_RATE, Biaffine: PARSER_RATE}.get(type(method.head), HEAD_RATE)  # type: ignore[arg-type]
     if recipe.head_learning_rate is not None:
         found["head"] = Rate(recipe.head_learning_rate, 0.0)
     else:
