@@ -104,6 +104,18 @@ def test_long_sentences_keep_all_their_words_or_are_refused() -> None:
         task(max_length=4).features(data)
 
 
+def test_relations_that_training_had_not_are_wrong_and_counted() -> None:
+    parser = task()
+    data = [{**table()[0], "relations": ("det", "csubj", "root", "punct")}]
+    (feature,) = parser.features(data)
+    assert feature["labels"] == [2, 0, 3, -100, 0, 3, 3, 2] and parser.counts["unseen_relations"] == 1
+    host = hosted(parser, "m", "n")
+    assert parser.terms(parser.collate([feature])) == 7
+    result = evaluate(host, "m", parser, data)
+    assert result.metrics["las"].value <= 0.75 and result.predictions[0].scores["terms"] == 7
+    evaluate(host, None, parser, data, per_row=["n"])
+
+
 # -- losses and answers ----------------------------------------------------------------------------------------------
 
 

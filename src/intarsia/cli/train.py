@@ -214,7 +214,7 @@ def run(
     dev = None if config.dev is None else read_table(config.dev, config.format, config.read_settings)
     kind = tasks.TASKS[config.task]
     base = bases.load(config.base, head="none" if kind.headless else None, allow_network=allow_network)
-    settings = {**tasks.base_settings(kind.name, base), **config.task_settings}
+    settings = {**tasks.base_settings(kind.name, base), **tasks.method_settings(kind.name, method), **config.task_settings}
     if recipe.max_length is not None:
         settings.setdefault("max_length", recipe.max_length)
     task = tasks.build(kind.name, base.tokenizer, table=table, settings=settings, model=base.model)

@@ -7,7 +7,7 @@ The input ends in M mask tokens; h_i is the final hidden state at the i-th.  Eac
 
 The label embeddings are a way to train the features; what answers is the nearest prototype, best over the masks.  As in the
 released code vectors are normalised (the paper's formula has no norm) and the model's own head is not used.  Putting the
-mask tokens into the text and collecting features of training rows are matters of the task.
+mask tokens into the text and collecting features of training rows are matters of the task (`intarsia.tasks.prototypes`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ KEY = "mask_positions"
 """Key of the call's context: positions of the mask tokens, [B, M], where the token ids do not show them."""
 
 
-def hinge(scores: Tensor, labels: Tensor, margin: float = 1.0) -> Tensor:
-    """Multi-class hinge loss of scores [B, M, n] and labels [B]: mean over rows and masks of
+def hinges(scores: Tensor, labels: Tensor, margin: float = 1.0) -> Tensor:
+    """Multi-class hinge losses [B] of scores [B, M, n] and labels [B]: the mean over masks of
     (1 / n) * sum over k != y of max(0, margin - s_y + s_k)."""
-    flat = scores.flatten(0, 1)
-    return F.multi_margin_loss(flat, labels.repeat_interleave(scores.shape[1]), margin=margin)
+    count = scores.shape[1]
+    each = F.multi_margin_loss(scores.flatten(0, 1), labels.repeat_interleave(count), margin=margin, reduction="none")
+    return each.view(-1, count).mean(1)
+
+
+def hinge(scores: Tensor, labels: Tensor, margin: float = 1.0) -> Tensor:
+    """The mean of `hinges` over rows."""
+    return hinges(scores, labels, margin).mean()
 
 
 def decide(scores: Tensor) -> Tensor:
@@ -126,4 +132,4 @@ class MultiMaskLabels:
         return MultiMaskLabelsForm(place.parameter(*shape, fill=normal(self.std)), self)
 
 
-__all__ = ["KEY", "MultiMaskLabels", "MultiMaskLabelsForm", "decide", "hinge"]
+__all__ = ["KEY", "MultiMaskLabels", "MultiMaskLabelsForm", "decide", "hinge", "hinges"]

@@ -6,6 +6,7 @@ from intarsia.tasks.common import BaseTask, Options
 from intarsia.tasks.metrics import METRICS, Score, compare, score
 from intarsia.tasks.mlm import Masked, MaskedOptions
 from intarsia.tasks.parse import Parse, ParseOptions
+from intarsia.tasks.prototypes import PrototypeClassify
 from intarsia.tasks.registry import (
     CONTEXT,
     TASKS,
@@ -16,6 +17,7 @@ from intarsia.tasks.registry import (
     from_module,
     infer_columns,
     infer_task,
+    method_settings,
 )
 from intarsia.tasks.regress import Regress, RegressOptions
 from intarsia.tasks.run import Evaluation, evaluate, predict
@@ -39,6 +41,7 @@ __all__ = [
     "Options",
     "Parse",
     "ParseOptions",
+    "PrototypeClassify",
     "Regress",
     "RegressOptions",
     "Score",
@@ -55,6 +58,7 @@ __all__ = [
     "from_module",
     "infer_columns",
     "infer_task",
+    "method_settings",
     "predict",
     "score",
 ]

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia._codec import register
-from intarsia.errors import DataError
+from intarsia.errors import DataError, UsageError
+from intarsia.methods.method import HeadSpec
 from intarsia.patches import Head
 from intarsia.tasks import columns
 from intarsia.tasks.common import check_width, logits_of, one_tensor
@@ -31,6 +32,10 @@ class ClassifyOptions(SequenceOptions):
         problem: `single` label or `multi` label.
         threshold: probability from which a label is given (`multi`).
         label_smoothing: share of the target spread evenly over all labels.
+        masks: mask tokens put into every input for label embeddings and prototypes instead of a linear head (PERFECT, see
+            `intarsia.tasks.prototypes`); 0 for none.
+        mask_place: where they stand: at the `end` of the input (of the second text of a pair) or at its `start`.
+        margin: of the hinge loss over label embeddings.
     """
 
     label: str = "label"
@@ -38,6 +43,9 @@ class ClassifyOptions(SequenceOptions):
     separator: str = ","
     threshold: float = 0.5
     label_smoothing: float = 0.0
+    masks: int = 0
+    mask_place: Literal["end", "start"] = "end"
+    margin: float = 1.0
 
 
 class Classify(SequenceTask[ClassifyOptions]):
@@ -49,7 +57,7 @@ class Classify(SequenceTask[ClassifyOptions]):
         super().__init__(tokenizer, options, labels)
         self.answers = (options.label,)
         self.multi = options.problem == "multi"
-        self.head = Head(
+        self.head: HeadSpec = Head(
             tuple(labels),
             pooling=options.pooling,
             problem=options.problem,
@@ -119,6 +127,12 @@ def _labels(options: ClassifyOptions, table: Rows) -> Sequence[str]:
 def _make(tokenizer: Any, options: Any, labels: Sequence[str] | None) -> Classify:
     if labels is None:
         raise DataError("classification needs label names")
+    if options.masks < 0:
+        raise UsageError(f"masks={options.masks} must be at least 1, or 0 for a linear head")
+    if options.masks:
+        from intarsia.tasks.prototypes import PrototypeClassify
+
+        return PrototypeClassify(tokenizer, options, labels)
     return Classify(tokenizer, options, labels)
 
 

@@ -5,7 +5,8 @@ relation is learnt at the right head; an answer is the best tree with one root (
 each of its arcs.  Where `root` is a relation it marks the root's child and nothing else.
 
 A sentence is read as a whole.  One that is too long in pieces is read with fewer pieces per word (counted as
-`shortened_rows`); one with more words than the model has positions is refused.  Punctuation counts in `uas` and `las`.
+`shortened_rows`); one with more words than the model has positions is refused.  Punctuation counts in `uas` and `las`, and so
+do relations that were not in the training data (`unseen_relations`): such a word is wrong in `las`, and has no relation loss.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Parse(BaseTask[ParseOptions]):
         return tuple(found)
 
     def label_cells(self, table: Rows) -> list[tuple[str, ...]]:
-        return [tuple(relation for _, relation in row) for row in self.references(table)]
+        """Nothing: relations that a parser cannot give are wrong answers, no errors."""
+        return [() for _ in range(len(table))]
 
     def features(self, table: Rows, *, labelled: bool = True) -> Sequence[Features]:
         """One feature per sentence: `row`, the model's inputs, `words` (position of every word), `labels` (head and
@@ -108,7 +110,7 @@ class Parse(BaseTask[ParseOptions]):
         known = labelled and all(columns.has(table, name) for name in self.answers)
         arcs = self.references(table) if known else None
         assert self.labels is not None
-        relations = None if arcs is None else self.labels.encode_tags([tuple(r for _, r in row) for row in arcs], where)
+        number = {name: i for i, name in enumerate(self.labels.names)}
         found: list[Features] = []
         counts: Counter[str] = Counter(shortened_rows=0, unknown=0)
         unk = special(self.tokenizer, "unk")
@@ -121,8 +123,8 @@ class Parse(BaseTask[ParseOptions]):
             feature = {"row": row, "input_ids": ids, "attention_mask": [1] * len(ids), "words": starts}
             if "token_type_ids" in self.keys:
                 feature["token_type_ids"] = [0] * len(ids)
-            if arcs is not None and relations is not None:
-                feature["labels"] = [n for (head, _), label in zip(arcs[row], relations[row]) for n in (head, label)]
+            if arcs is not None:
+                feature["labels"] = [n for head, relation in arcs[row] for n in (head, number.get(relation, IGNORE))]
             found.append(feature)
         self._counts = counted(found, words=sum(map(len, words)), **counts, **self._skipped(table, arcs))
         return found
@@ -149,7 +151,10 @@ class Parse(BaseTask[ParseOptions]):
             found["multiword_tokens"] = sum("-" in i for i in ids)
             found["empty_nodes"] = len(ids) - found["multiword_tokens"]
         if arcs is not None:
+            assert self.labels is not None
+            known = set(self.labels.names)
             found["punctuation"] = sum(is_punctuation(relation) for row in arcs for _, relation in row)
+            found["unseen_relations"] = sum(relation not in known for row in arcs for _, relation in row)
             found["rows_with_several_roots"] = sum(sum(head == 0 for head, _ in row) > 1 for row in arcs)
         return found
 
@@ -176,9 +181,10 @@ class Parse(BaseTask[ParseOptions]):
         counts = torch.tensor([len(w) for w in batch["words"]], device=scores.device)
         beyond = torch.arange(scores.shape[2], device=scores.device) > counts[row, None]
         arcs = scores[row, word, :, 0].masked_fill(beyond, -torch.inf)
-        losses = [F.cross_entropy(arcs, heads, reduction="none")]
-        losses.append(F.cross_entropy(scores[row, word, heads, 1:], relations, reduction="none"))
-        return torch.cat(losses), torch.cat([row, row])
+        seen = relations != IGNORE
+        chosen = scores[row, word, heads, 1:]
+        losses = [F.cross_entropy(arcs, heads, reduction="none"), F.cross_entropy(chosen[seen], relations[seen], reduction="none")]
+        return torch.cat(losses), torch.cat([row, row[seen]])
 
     def predict(self, outputs: Any, batch: Batch) -> list[Prediction]:
         """`[(head, relation), ...]`, one for each word."""

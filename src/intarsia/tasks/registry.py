@@ -129,6 +129,12 @@ def base_settings(name: str, base: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key in known and value}
 
 
+def method_settings(name: str, method: Any) -> dict[str, Any]:
+    """Settings of a task that a method (`intarsia.methods.Method`) prescribes: PERFECT its mask tokens."""
+    known = TASKS[name].defaults
+    return {key: method.settings[key] for key in _PRESCRIBED.get(method.name, ()) if key in known and key in method.settings}
+
+
 def infer_columns(table: Rows, name: str | None = None) -> dict[str, str]:
     """Role -> column name, from the column names of a table.
 
@@ -164,6 +170,9 @@ def infer_task(table: Rows) -> str:
         f"the columns {listing(map(repr, columns.names(table)))} suggest no task; name one of {listing(TASKS)} and its columns"
     )
 
+
+#: method -> which of its settings are the task's
+_PRESCRIBED = {"perfect": ("masks",)}
 
 #: roles of which one without the other means nothing
 _TOGETHER = ("prompt", "completion")

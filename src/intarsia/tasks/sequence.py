@@ -48,6 +48,15 @@ class SequenceTask(BaseTask[S]):
         """Encoded answers of all rows, None if the table has no such column."""
         raise NotImplementedError
 
+    @property
+    def room(self) -> int:
+        """Pieces for texts and special tokens."""
+        return self.max_length
+
+    def complete(self, ids: dict[str, list[int]]) -> dict[str, list[int]]:
+        """An encoded text as the model reads it."""
+        return ids
+
     def features(self, table: Rows, *, labelled: bool = True) -> Sequence[Features]:
         """One feature per row: `row`, the model's inputs, `label` if the table has answers.
 
@@ -58,9 +67,9 @@ class SequenceTask(BaseTask[S]):
         texts = [options.prefix + text for text in columns.texts(table, options.text, options.normalise)]
         pairs = None if options.pair is None else list(columns.texts(table, options.pair, options.normalise))
         targets = self.targets(table) if labelled else None
-        encoded, counts = encode(self.tokenizer, texts, pairs, self.max_length)
+        encoded, counts = encode(self.tokenizer, texts, pairs, self.room)
         found: list[Features] = []
-        for row, ids in enumerate(encoded):
+        for row, ids in enumerate(map(self.complete, encoded)):
             found.append({"row": row, **ids} if targets is None else {"row": row, **ids, "label": targets[row]})
         self._counts = counted(found, **counts)
         return found
