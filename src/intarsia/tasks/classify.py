@@ -12,7 +12,6 @@ from torch import Tensor
 
 from intarsia._codec import register
 from intarsia.errors import DataError, UsageError
-from intarsia.methods.method import HeadSpec
 from intarsia.patches import Head
 from intarsia.tasks import columns
 from intarsia.tasks.common import check_width, logits_of, one_tensor
@@ -57,7 +56,7 @@ class Classify(SequenceTask[ClassifyOptions]):
         super().__init__(tokenizer, options, labels)
         self.answers = (options.label,)
         self.multi = options.problem == "multi"
-        self.head: HeadSpec = Head(
+        self.head = Head(
             tuple(labels),
             pooling=options.pooling,
             problem=options.problem,

@@ -115,9 +115,10 @@ class Causal(BaseTask[CausalOptions]):
             cuts = windows(len(full), self.max_length, 1)
             split += len(cuts) > 1
             for start, end in cuts:
-                cut = {"row": owner[start], "input_ids": full[start:end], "labels": [IGNORE, *labels[start + 1 : end]]}
-                given = next((i for i, label in enumerate(cut["labels"]) if label != IGNORE), end - start)
-                found.append({**cut, "attention_mask": [1] * (end - start), "owner": owner[start:end], "given": given})
+                learnt = [IGNORE, *labels[start + 1 : end]]
+                given = next((i for i, label in enumerate(learnt) if label != IGNORE), end - start)
+                cut = {"row": owner[start], "input_ids": full[start:end], "labels": learnt, "given": given}
+                found.append({**cut, "attention_mask": [1] * (end - start), "owner": owner[start:end]})
         self._counts = counted(found, split_rows=0 if o.pack else split)
         self._counts["rows"] = len(texts)
         return found

@@ -42,7 +42,7 @@ def rates(method: Method, recipe: Recipe) -> dict[str, Rate]:
     found = {"": Rate(main, decay)}
     for group in policy.groups:
         found[group.tag] = Rate(main * group.rate, decay if group.decay is None else group.decay)
-    default = {LanguageModelHead: LM_HEAD_RATE, Biaffine: PARSER_RATE}.get(type(method.head), HEAD_RATE)  # type: ignore[arg-type]
+    default = {LanguageModelHead: LM_HEAD_RATE, Biaffine: PARSER_RATE}.get(type(method.head), HEAD_RATE)
     if recipe.head_learning_rate is not None:
         found["head"] = Rate(recipe.head_learning_rate, 0.0)
     else:
