@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.errors import SiteError
+from intarsia.errors import SiteError, SpecError
 from intarsia.host import attention
 from intarsia.host.attention import MemorySocket
 from intarsia.host.call import Child, State
@@ -75,6 +75,10 @@ class Attachment:
     def put(self, name: str, entry: Entry) -> None:
         """Put a module's deltas into sockets; nothing here can be refused any more except by the model's attention."""
         sites = [site for site, _ in entry.built.deltas]
+        for site, deltas in entry.built.deltas:
+            measured = site.port == "mem" and any(getattr(getattr(part, "spec", None), "relative", False) for d in deltas for part in d.modules())
+            if measured and ".xattn." not in site.name and not isinstance(self._relative(site), nn.Embedding):
+                raise SpecError(f"{site.name} has no table of relative positions as T5's; use the prefix without relative=True")
         if any(site.port == "mem" for site in sites):
             self._route_attention()
         self.record.entries[name] = entry
@@ -126,6 +130,15 @@ class Attachment:
             self.record.hooks.append(module.register_forward_hook(watch.after, always_call=True))
         return watch
 
+    def _relative(self, site: Site) -> nn.Module | None:
+        """The table of relative positions of a self-attention: its own, else that of the stack's first block (T5)."""
+        stack = "" if not site.stack else f"{site.stack}."
+        for layer in (site.layer, 0):
+            name = f"{stack}{layer}.attn.relative.weight"
+            if site.name == f"{stack}{site.layer}.attn.mem" and name in self.record.sites:
+                return self.model.get_submodule(self.record.sites[name].path)
+        return None
+
     def _slot(self, site: Site) -> Slot:
         module = self.model.get_submodule(site.path)
         if site.port == "weight":
@@ -135,6 +148,7 @@ class Attachment:
             if memory is None:
                 memory = self.child(module, "mem", MemorySocket(self.state, site))
                 memory.__dict__["number"] = self._number()
+                memory.__dict__["table"] = self._relative(site)
                 memory.__dict__["tap"] = None if site.reads is None else self._tap(site.reads, memory)
             return memory.slot
         if site.port == "seq":

@@ -6,7 +6,7 @@ position bias, and call the implementation that was configured.  The cache never
 in front again at every step), so generation, beams and checkpointing are right by construction.
 
 Keys enter after the key projection and after rotary embedding: prefixes have no position.  A relative position bias (T5)
-is 0 on prefix columns.  Blocks with a gate have a softmax of their own, whose result is added to the heads.
+is 0 on prefix columns, unless a block asks for that of the distance (`MemoryBlock.relative`).  Blocks with a gate have a softmax of their own, whose result is added to the heads.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ class MemorySocket(Child):
         super().__init__(state)
         self.slot = Slot(site)
         self.__dict__["tap"] = None
+        self.__dict__["table"] = None
         self.__dict__["number"] = 0
         self.__dict__["caught"] = {}
 
     tap: Tap | None
+    table: nn.Module | None
     number: int
     caught: dict[int, tuple[Tensor, Tensor] | None]
 
@@ -87,6 +89,24 @@ class MemorySocket(Child):
         apart = [Front.of([tuple(blocks[i : i + 1]) for blocks in own], rows, keys) for i in range(depth)]
         return shared, [front for front in apart if front is not None]
 
+    def bias(self, module: Any, front: Front, like: Tensor) -> Tensor:
+        """Relative position bias of the columns in front, [1 or B, H, Q, P], beside that of the others [1 or B, H, Q, K]."""
+        count = front.keys.shape[2]
+        zero = bias_in_front(like, count)
+        given = None if front.relative is None else self.state.noted().get(self.slot.site.stack)
+        if front.relative is None or given is None or self.table is None:
+            return zero
+        query = torch.arange(like.shape[-2], device=like.device)[None] + given.past
+        if given.mask is not None:
+            query = query - given.mask.long().argmax(1, keepdim=True)  # padding in front of a text is no distance
+        distance = torch.arange(-count, 0, device=like.device) - query[..., None]
+        buckets = module._relative_position_bucket(
+            distance, bidirectional=not module.is_decoder, num_buckets=module.relative_attention_num_buckets,
+            max_distance=module.relative_attention_max_distance,
+        )  # fmt: skip
+        found = self.table(buckets).permute(0, 3, 1, 2).to(like.dtype)
+        return torch.where(front.relative[:, None, None, :], found, found.new_zeros(()))
+
 
 @dataclass(frozen=True, slots=True)
 class Front:
@@ -96,12 +116,14 @@ class Front:
         keys, values: [B, H_kv, P, d].
         valid: which of them are there for a row, [B, P]; None: all for all.
         gate: strength per row, [B], of blocks with a softmax of their own.
+        relative: which of them have a relative position, [1 or B, P]; None: none has.
     """
 
     keys: Tensor
     values: Tensor
     valid: Tensor | None = None
     gate: Tensor | None = None
+    relative: Tensor | None = None
 
     @classmethod
     def of(cls, found: Sequence[tuple[MemoryBlock, ...]], rows: Sequence[Tensor | None], like: Tensor) -> Front | None:
@@ -111,7 +133,7 @@ class Front:
             return None
         if rows[0] is None:
             keys, values = joined(found[0], batch, like.dtype)
-            return cls(keys, values, None, strength(found[0], batch, like.dtype))
+            return cls(keys, values, None, strength(found[0], batch, like.dtype), measured(found[0], like.device))
         longest = max(sum(b.length for b in blocks) for blocks in found)
         empty = like.new_zeros(batch, like.shape[1], longest, like.shape[3])
         front = cls(empty, empty, torch.zeros(batch, longest, dtype=torch.bool, device=like.device))
@@ -132,7 +154,11 @@ class Front:
         if strengths is not None:
             gate = keys.new_zeros(len(self.keys)) if gate is None else gate
             gate = gate.index_copy(0, mine, strengths)
-        return Front(put[0], put[1], self.valid.index_copy(0, mine, there), gate)
+        relative, some = self.relative, measured(blocks, mine.device)
+        if some is not None:
+            relative = torch.zeros_like(self.valid) if relative is None else relative
+            relative = relative.index_copy(0, mine, F.pad(some, (missing, 0)).expand(count, longest))
+        return Front(put[0], put[1], self.valid.index_copy(0, mine, there), gate, relative)
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """gate * softmax(q K^T) V over these positions alone, [B, T, H, d]."""
@@ -154,6 +180,13 @@ def joined(blocks: Sequence[MemoryBlock], batch: int, dtype: torch.dtype) -> tup
 
     keys, values = [whole(b.keys) for b in blocks], [whole(b.values) for b in blocks]
     return (keys[0], values[0]) if len(blocks) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))
+
+
+def measured(blocks: Sequence[MemoryBlock], device: torch.device) -> Tensor | None:
+    """Which positions of some blocks have a relative position, [1, P]; None if none has."""
+    if not any(b.relative for b in blocks):
+        return None
+    return torch.tensor([[b.relative for b in blocks for _ in range(b.length)]], device=device)
 
 
 def strength(blocks: Sequence[MemoryBlock], batch: int, dtype: torch.dtype) -> Tensor | None:
@@ -235,7 +268,9 @@ def attention(base: str) -> Callable[..., Any]:
             if attention_mask is not None:
                 attention_mask = widen(attention_mask[..., : key.shape[2]], count, valid)
             if position_bias is not None:
-                position_bias = torch.cat([bias_in_front(position_bias, count), position_bias], -1)
+                columns = socket.bias(module, front, position_bias)
+                rows = max(len(columns), len(position_bias))
+                position_bias = torch.cat([t.expand(rows, *t.shape[1:]) for t in (columns, position_bias)], -1)
             key = torch.cat([front.keys, key], 2)
             value = torch.cat([front.values, value], 2)
             if base != "eager":

@@ -178,13 +178,15 @@ def prefix(
     init: str = "unit",
     ids: tuple[int, ...] = (),
     mix: str = "shared",
+    relative: bool = False,
 ) -> Method:
     """Trained keys and values for every attention; the generating network is flattened after training.
 
     `init="activations"` with the token ids of a text starts from the base's own keys and values of that text;
-    `mix="zero_gate"` gives the prefix a softmax of its own, gated from zero (a fresh module is the base).
+    `mix="zero_gate"` gives the prefix a softmax of its own, gated from zero (a fresh module is the base).  In T5 prefix
+    columns have a relative position bias of 0; with `relative` they have that of standing right in front of the text.
     """
-    form = Attend(length, reparameterise, dropout, init, mix, ids)  # type: ignore[arg-type]
+    form = Attend(length, reparameterise, dropout, init, mix, ids, relative=relative)  # type: ignore[arg-type]
     patch = Patch("prefix", "{attn,xattn}.mem", form, Concat(), port="mem", layers=layers)
     rate = 1e-3 if reparameterise else 5e-3
     return Method("prefix", (patch,), Policy(learning_rate=rate, flatten=True))

@@ -42,7 +42,7 @@ class AttendForm(Form):
 
     def forward(self, h: Any, seen: Seen) -> tuple[MemoryBlock, ...]:
         keys, values = (dropped(t, self.spec.dropout, self.training) for t in (self.keys, self.values))
-        return (MemoryBlock(keys, values, self.gate),)
+        return (MemoryBlock(keys, values, self.gate, self.reads_call),)
 
     def start_from(self, keys: Tensor, values: Tensor) -> None:
         """Take over keys and values [H_kv, P, d_head]."""
@@ -90,7 +90,7 @@ class GeneratedAttendForm(Form):
         """[P, 2 * H * d_head] cut into keys and values per head."""
         flat = dropped(F.linear(self.trunk(), self.weight, self.bias), self.spec.dropout, self.training)
         keys, values = flat.view(self.spec.length, 2, *self.heads).permute(1, 2, 0, 3)
-        return MemoryBlock(keys, values, self.gate)
+        return MemoryBlock(keys, values, self.gate, self.reads_call)
 
     def forward(self, h: Any, seen: Seen) -> tuple[MemoryBlock, ...]:
         return (self.block(),)
@@ -134,7 +134,7 @@ class FactorAttendForm(Form):
 
     def forward(self, h: Any, seen: Seen) -> tuple[MemoryBlock, ...]:
         keys, values = (self.by_head(factor.given(seen).materialise()) for factor in (self.keys, self.values))
-        return (MemoryBlock(keys, values, self.gate),)
+        return (MemoryBlock(keys, values, self.gate, self.reads_call),)
 
     def export_for(self, context: Mapping[str, Any]) -> tuple[Attend, dict[str, Tensor]] | None:
         keys, values = self.keys.fixed(context), self.values.fixed(context)
@@ -160,6 +160,9 @@ class Attend:
         mix: `shared`: one softmax with what the attention sees anyway; `zero_gate`: one of their own, gated from zero.
         ids: token ids of that text.
         factor: how the matrices of keys and values are given, without `reparameterise`; None for plain tensors.
+        relative: in self-attention with a relative position bias (T5), give the positions the bias of standing right in front
+            of the text, as T-Few's code does; otherwise theirs is 0, as in BART, which has no such bias.  Cross-attention has
+            none in T5, and the positions have none there.
     """
 
     length: int = 30
@@ -169,10 +172,13 @@ class Attend:
     mix: Literal["shared", "zero_gate"] = "shared"
     ids: tuple[int, ...] = ()
     factor: FactorSpec | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise SpecError(f"prefix length must be at least 1, found {self.length}")
+        if self.relative and self.mix != "shared":
+            raise SpecError("relative positions are for a prefix that shares the attention's softmax (mix='shared')")
         if (self.init == "activations") != bool(self.ids):
             raise SpecError("init='activations' starts from a text and needs its token ids: ids=(...); other starts take none")
         if self.factor is not None and (self.reparameterise is not None or self.ids):
@@ -184,6 +190,12 @@ class Attend:
         return tuple(self.ids[i % len(self.ids)] for i in range(self.length)) if self.ids else ()
 
     def build(self, place: Place) -> Form:
+        form = self._build(place)
+        if self.relative and not place.site.name.endswith("xattn.mem"):
+            form.reads_call = True  # where the text begins and what was read before it; these forms are the relative ones
+        return form
+
+    def _build(self, place: Place) -> Form:
         heads = place.site.heads
         if len(heads) != 2:
             raise SpecError(f"{place.site.name} is not an attention memory")
