@@ -1,9 +1,9 @@
-"""Arithmetic of modules: `add`, `subtract`, `average`, `scale`, `negate`, each from modules to a module.
+"""Arithmetic of modules: `add`, `subtract`, `analogy`, `average`, `scale`, `negate`, each from modules to a module.
 
 The change of the weights is what is calculated with: (1/2)(B1 A1 + B2 A2), never (B1 + B2)/2 (A1 + A2)/2.  The result is
 exact: low-rank products are laid side by side (the ranks add up; `merging.svd` makes them smaller), see `terms.py`.  With w_i
 the weights of an expression, `weighted_sum` gives the module that does what the expression `w_1*a + w_2*b` does.  Task
-arithmetic after Ilharco et al. 2023 (arXiv 2212.04089); an analogy is `add(subtract(a, b), c)`.
+arithmetic after Ilharco et al. 2023 (arXiv 2212.04089).
 
 A head is new output and no change of a weight: it is not scaled.  If exactly one module has a head, the result has it;
 heads over the same labels are averaged by `average`; otherwise `head=` names the one to keep.
@@ -38,6 +38,11 @@ def subtract(a: Module, b: Module, *, name: str | None = None, head: str | None 
     return weighted_sum((a, b), (1.0, -1.0), name=name, head=head, operation="subtract")
 
 
+def analogy(a: Module, b: Module, c: Module, *, name: str | None = None, head: str | None = None) -> Module:
+    """c + (b - a): what stands to c as b stands to a."""
+    return weighted_sum((c, b, a), (1.0, 1.0, -1.0), name=name, head=head, operation="analogy")
+
+
 def average(
     modules: Sequence[Module], weights: Sequence[float] | None = None, *, name: str | None = None, head: str | None = None
 ) -> Module:
@@ -47,7 +52,7 @@ def average(
         UsageError: there are more or fewer weights than modules, or they sum to zero.
     """
     weights = [1.0] * len(modules) if weights is None else list(weights)
-    _check_weights(modules, weights)
+    check_weights(modules, weights)
     whole = math.fsum(weights)
     if whole == 0:
         raise UsageError(f"the weights {weights} sum to zero, so there is no mean; use weighted_sum for plain sums")
@@ -83,7 +88,7 @@ def weighted_sum(
             a sum meet at one layer.
         UsageError: the weights do not fit.
     """
-    _check_weights(modules, weights)
+    check_weights(modules, weights)
     check_together(modules)
     merged: dict[str, tuple[Module, float]] = {}
     for module, weight in zip(modules, weights):  # equal modules count once, so that a - a is the base exactly
@@ -121,8 +126,14 @@ def assemble(
     operation: str,
     settings: Mapping[str, Any],
 ) -> Module:
-    """The module made of these parts, with what it inherits from its parents."""
+    """The module made of these parts, with what it inherits from its parents.
+
+    Raises:
+        UsageError: the result would be called like one of its parents.
+    """
     first = modules[0]
+    if name in [module.name for module in modules]:
+        raise UsageError(f"the result cannot be called {name!r} like a module it is made of; give another name=")
     kinds = {module.method.name for module in modules}
     method = Method(
         first.method.name if len(kinds) == 1 else "mixed",
@@ -149,7 +160,7 @@ def _name(operation: str, modules: Sequence[Module]) -> str:
     return text if len(text) <= MAX_NAME else f"{operation} of {len(modules)} modules"
 
 
-def _check_weights(modules: Sequence[Module], weights: Sequence[float]) -> None:
+def check_weights(modules: Sequence[Module], weights: Sequence[float]) -> None:
     if isinstance(modules, Module) or not modules:
         raise UsageError("expected a list of one or more modules")
     if len(weights) != len(modules):

@@ -1,4 +1,4 @@
-"""Merging that looks at single entries: `ties`, `dare`, `magnitude`, and `svd` to a lower rank with the residual reported.
+"""Merging that looks at single entries: `ties`, `dare`, `magnitude`, `sparse_union`, and `svd` to a lower rank with its residual.
 
 All work on the changes of the weights, multiplied out (`dense`); their results are as large as the weights they change.
 Factors whose matrix follows from a seed and the layer's shape cannot be multiplied out without the model and are refused.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import ModuleError, UsageError
-from intarsia.modules.arithmetic import add, assemble, check_together, combine
+from intarsia.modules.arithmetic import add, assemble, check_together, check_weights, combine
 from intarsia.modules.module import Module
 from intarsia.modules.terms import Term, patches_from, terms
 from intarsia.patches import Blocks, Core, Dense, Diag, FactorSpec, Free, Hadamard, Kron, KronPair, LowRank, Sum
@@ -69,7 +69,7 @@ def _changes(module: Module) -> dict[Place, tuple[Term, Tensor]]:
     return found
 
 
-def _built(modules: Sequence[Module], values: Mapping[Place, tuple[Term, Tensor]], name: str | None, head: str | None, operation: str, **settings: object) -> Module:
+def from_changes(modules: Sequence[Module], values: Mapping[Place, tuple[Term, Tensor]], name: str | None, head: str | None, operation: str, **settings: object) -> Module:
     """A module of dense changes, with the head that a sum of the modules would have."""
     found = []
     for term, value in values.values():
@@ -91,7 +91,7 @@ def _built(modules: Sequence[Module], values: Mapping[Place, tuple[Term, Tensor]
 
 def dense(module: Module, *, name: str | None = None) -> Module:
     """The same module with every change multiplied out."""
-    return _built([module], _changes(module), name, None, "dense")
+    return from_changes([module], _changes(module), name, None, "dense")
 
 
 def _check_share(what: str, value: float, low: bool = False) -> None:
@@ -126,7 +126,7 @@ def magnitude(module: Module, keep: float, *, scope: Scope = "module", name: str
     _check_share("keep", keep)
     values = _changes(module)
     kept = _trimmed({place: value for place, (_, value) in values.items()}, keep, scope)
-    return _built([module], {place: (term, kept[place]) for place, (term, _) in values.items()}, name, None, "magnitude", keep=keep, scope=scope)
+    return from_changes([module], {place: (term, kept[place]) for place, (term, _) in values.items()}, name, None, "magnitude", keep=keep, scope=scope)
 
 
 def dare(module: Module, drop: float, seed: int = 0, *, name: str | None = None) -> Module:
@@ -139,7 +139,11 @@ def dare(module: Module, drop: float, seed: int = 0, *, name: str | None = None)
     for place, (term, value) in _changes(module).items():
         stays = Stream(seed, "dare", *place).uniform(value.numel()).view(value.shape) >= drop
         values[place] = (term, value * stays / (1.0 - drop))
-    return _built([module], values, name, None, "dare", drop=drop, seed=seed)
+    return from_changes([module], values, name, None, "dare", drop=drop, seed=seed)
+
+
+Variant = Literal["paper", "peft", "mergekit"]
+Elect = Literal["mass", "count"]
 
 
 def ties(
@@ -147,7 +151,10 @@ def ties(
     keep: float = 0.2,
     *,
     weight: float = 1.0,
-    scope: Scope = "module",
+    weights: Sequence[float] | None = None,
+    variant: Variant = "paper",
+    elect: Elect = "mass",
+    scope: Scope | None = None,
     name: str | None = None,
     head: str | None = None,
 ) -> Module:
@@ -158,22 +165,73 @@ def ties(
 
     Args:
         keep: share of the entries that stay.
-        scope: `module` as in the paper; `tensor` as peft does it.
+        weight: lambda of the paper, on the result.
+        weights: one per module; None for ones.  `peft` multiplies them in after the election and divides by the number of
+            entries that agree; `mergekit` multiplies before the election and divides by the weights of those that agree;
+            the paper has none.
+        elect: the sign with more mass, or (`count`) the one of more modules.
+        scope: where the largest are looked for; None for the variant's own (`paper`: module, the others: tensor).
     """
     _check_share("keep", keep)
     if len(modules) < 2:
         raise UsageError(f"ties merges two or more modules, found {len(modules)}")
-    check_together(modules)
-    add(*modules, head=head or next((m.name for m in modules if m.method.head is not None), None))  # refuses what does not go together
-    changes = [_changes(module) for module in modules]
+    if variant not in ("paper", "peft", "mergekit") or elect not in ("mass", "count"):
+        raise UsageError(f"ties: variant is 'paper', 'peft' or 'mergekit' and elect 'mass' or 'count', found {variant!r} and {elect!r}")
+    if variant == "paper" and weights is not None:
+        raise UsageError("ties of the paper has no weight for each module; use variant='peft' or variant='mergekit'")
+    shares = torch.tensor(shares_of(modules, weights))
+    changes = changes_of(modules, head)
+    scope = scope or ("module" if variant == "paper" else "tensor")
     trimmed = [_trimmed({place: value for place, (_, value) in found.items()}, keep, scope) for found in changes]
     result = {}
-    for place in dict.fromkeys(place for found in changes for place in found):
-        term = next(found[place][0] for found in changes if place in found)
-        stack = torch.stack([found[place] for found in trimmed if place in found])
-        agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
-        result[place] = (term, weight * (stack * agree).sum(0) / agree.sum(0).clamp(min=1))
-    return _built(modules, result, name, head, "ties", keep=keep, weight=weight, scope=scope)
+    for place, term in places_of(changes).items():
+        here = [i for i, found in enumerate(changes) if place in found]
+        stack = torch.stack([trimmed[i][place] for i in here])
+        mine = shares[here].to(stack.dtype).view(-1, *[1] * (stack.dim() - 1))
+        voting = stack * mine if variant == "mergekit" else stack
+        sign = (voting if elect == "mass" else voting.sign()).sum(0).sign()
+        agree = (voting.sign() == sign) & (stack != 0)
+        whole = (mine * agree).sum(0) if variant == "mergekit" else agree.sum(0).clamp(min=1)
+        result[place] = (term, weight * (stack * mine * agree).sum(0) / torch.where(whole.abs() < 1e-8, 1, whole))
+    settings = {"keep": keep, "weight": weight, "variant": variant, "elect": elect, "scope": scope}
+    return from_changes(modules, result, name, head, "ties", **settings, **({"weights": list(weights)} if weights is not None else {}))
+
+
+def sparse_union(modules: Sequence[Module], *, name: str | None = None, head: str | None = None) -> Module:
+    """Each entry that some module changes; where several do, the mean of those that do.
+
+    Modules that touch different entries keep all they know, which an average would divide by their number.
+    """
+    shares_of(modules, None)
+    changes = changes_of(modules, head)
+    result = {}
+    for place, term in places_of(changes).items():
+        stack = torch.stack([found[place][1] for found in changes if place in found])
+        result[place] = (term, stack.sum(0) / (stack != 0).sum(0).clamp(min=1))
+    return from_changes(modules, result, name, head, "sparse_union")
+
+
+def shares_of(modules: Sequence[Module], weights: Sequence[float] | None) -> list[float]:
+    """One weight per module, ones for None; another number is refused."""
+    shares = [1.0] * len(modules) if weights is None else list(weights)
+    check_weights(modules, shares)
+    return shares
+
+
+def changes_of(modules: Sequence[Module], head: str | None) -> list[dict[Place, tuple[Term, Tensor]]]:
+    """The changes of modules that go together; refuses others in the words of a sum."""
+    check_together(modules)
+    add(*modules, head=head or next((m.name for m in modules if m.method.head is not None), None))
+    return [_changes(module) for module in modules]
+
+
+def places_of(changes: Sequence[Mapping[Place, tuple[Term, Tensor]]]) -> dict[Place, Term]:
+    """Every place that some module changes, with a term that stands there."""
+    places: dict[Place, Term] = {}
+    for found in changes:
+        for place, (term, _) in found.items():
+            places.setdefault(place, term)
+    return places
 
 
 def svd(module: Module, rank: int, *, name: str | None = None) -> tuple[Module, float]:
