@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,15 @@ def test_lossless_codes_are_a_bijection(given: Any) -> None:
     for place in range(len(text)):  # any other text is another tensor or refused
         other = text.clone()
         other[place] ^= 1 << (place % 8)
-        try:
+        with contextlib.suppress(ModuleError):
             assert not torch.equal(decoded("k", what, other), tensor)
-        except ModuleError:
-            pass
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(3, 40), (2, 3, 64), (700,), (5, 4), (256,), (64, 8)]), st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e30]))
 @settings(deadline=None)
 def test_int8_is_within_its_bound_and_rounds_once(seed: int, shape: tuple[int, ...], size: float) -> None:
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g) * size * torch.rand(shape[:-1] + (1,), generator=g)
+    x = torch.randn(shape, generator=g) * size * torch.rand((*shape[:-1], 1), generator=g)
     y = rounded(x)
     assert torch.equal(rounded(y), y)
     flat, near = (x, y) if x.dim() > 1 else (torch.nn.functional.pad(v, (0, -len(v) % 256)).view(-1, 256) for v in (x, y))
@@ -118,7 +117,7 @@ def test_every_flipped_byte_of_a_coded_file_is_refused() -> None:
     assert set(json.loads(forged_meta(data)["coding"])) == set(made.tensors)
     body = 8 + int.from_bytes(data[:8], "little")
     for place in range(body, len(data)):
-        with pytest.raises(ModuleError, match="damaged|NaN"):
+        with pytest.raises(ModuleError, match=r"damaged|NaN"):
             loads(data[:place] + bytes([data[place] ^ 0x11]) + data[place + 1 :])
 
 
@@ -159,7 +158,7 @@ def test_a_coding_belongs_to_version_2() -> None:
         loads(forge(data, lambda header: header["__metadata__"].update(version="1")))
     with pytest.raises(ModuleError, match="missing entries coding"):
         loads(forge(data, lambda header: header["__metadata__"].pop("coding")))
-    with pytest.raises(ModuleError, match="format version 3.*reads up to 2"):
+    with pytest.raises(ModuleError, match=r"format version 3.*reads up to 2"):
         loads(forge(data, lambda header: header["__metadata__"].update(version="3")))
 
 
