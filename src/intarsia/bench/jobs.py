@@ -1,0 +1,162 @@
+"""What `bench learn` measures: tasks from files, and one job per (task, base, method, seed, number of examples)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from intarsia.data import Table, read
+from intarsia.errors import DataError, UsageError, listing, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A classification task as files.
+
+    Attributes:
+        train, dev, test: below the data folder.
+        columns: names of text and label in them.
+        language: BCP-47.
+    """
+
+    name: str
+    train: str
+    dev: str
+    test: str
+    columns: str
+    language: str
+
+
+SOURCES = {
+    s.name: s
+    for s in (
+        Source("sst2", "sst2/data/SST-2/train.tsv", "sst2/data/SST-2/dev.tsv", "sst2/data/SST-2/test.tsv", "text=sentence,label", "eng-Latn"),
+        Source("sib200", "sib200/eng_Latn/train.tsv", "sib200/eng_Latn/dev.tsv", "sib200/eng_Latn/test.tsv", "text,label=category", "eng-Latn"),
+    )
+}
+
+
+def source(name: str) -> Source:
+    """A task by name."""
+    if name not in SOURCES:
+        raise UsageError(f"no task {name!r} here{nearest(name, SOURCES)} known: {listing(SOURCES)}")
+    return SOURCES[name]
+
+
+def tables(task: Source, data: Path) -> tuple[Table, Table, Table]:
+    """Training, dev and test tables.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    for part in (task.train, task.dev, task.test):
+        if not (data / part).is_file():
+            raise DataError(f"{data / part}: no such file; --data names the folder that holds {part}")
+    train, dev, test = (read(data / part, columns=task.columns) for part in (task.train, task.dev, task.test))
+    return train, dev, test
+
+
+def shots(table: Table, count: int, seed: int, label: str = "label") -> Table:
+    """`count` rows drawn by a seed, every label as often as its share, none left out where that is possible.
+
+    The first `n` rows of the draw for `m > n` rows are the draw for `n`, so that a curve over `n` adds data to what it had.
+    """
+    from random import Random
+
+    if count > len(table):
+        raise DataError(f"{count} examples wanted, the table has {len(table)}")
+    order = list(range(len(table)))
+    Random(seed).shuffle(order)
+    queues: dict[str, list[int]] = {}
+    names = table.texts(label)
+    for row in order:
+        queues.setdefault(names[row], []).append(row)
+    total = {name: len(rows) for name, rows in queues.items()}
+    taken = dict.fromkeys(total, 0)
+    chosen: list[int] = []
+    for _ in range(count):
+        # the label that is furthest behind its share; at first each once
+        name = max((n for n in sorted(total) if taken[n] < total[n]), key=lambda n: (taken[n] == 0, total[n] * (len(chosen) + 1) / len(table) - taken[n]))
+        chosen.append(queues[name][taken[name]])
+        taken[name] += 1
+    return table.select(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training and its test."""
+
+    task: str
+    base: str
+    method: str
+    seed: int
+    examples: int
+    steps: int
+    rate: float | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.task, self.base, self.method, self.seed, self.examples, self.steps, self.rate)
+
+
+@cache
+def rates() -> dict[str, float]:
+    """Learning rates that were chosen on dev data where the method's own does not suit short trainings, see `rates.csv`."""
+    text = files("intarsia.bench").joinpath("rates.csv").read_text("utf-8")
+    return {row["method"]: float(row["rate"]) for row in csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))}
+
+
+def plan(tasks: Sequence[str], base: str, methods: Sequence[str], seeds: Sequence[int], examples: Sequence[int], steps: int) -> Iterator[Job]:
+    """All jobs, seed by seed, so that a run that is cut short has every method once."""
+    for seed in seeds:
+        for count in examples:
+            for task in tasks:
+                for method in methods:
+                    yield Job(task, base, method, seed, count, steps, rates().get(method))
+
+
+class Results:
+    """One line of JSON per job in one file; a torn last line (a killed run) is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, object]]:
+        """All lines.
+
+        Raises:
+            DataError: a line that is not the last is no JSON object.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text("utf-8").split("\n")
+        found: list[dict[str, object]] = []
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                if number < len(lines):
+                    raise DataError(f"{self.path}, line {number}: not a result") from None
+        return found
+
+    def done(self) -> set[tuple[object, ...]]:
+        """Keys of the jobs that are in the file."""
+        names = list(Job.__dataclass_fields__)
+        return {tuple(line.get(name) for name in names) for line in self.read()}
+
+    def add(self, job: Job, values: dict[str, object]) -> None:
+        """Append a line and see it on the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps({**asdict(job), **values}, sort_keys=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

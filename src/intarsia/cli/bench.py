@@ -1,0 +1,70 @@
+"""`intarsia bench`: measurements that anyone can repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intarsia.cli.console import Console
+from intarsia.cli.verb import verb
+from intarsia.errors import UsageError
+
+Data = Annotated[Path, typer.Option("--data", help="Folder with sst2/ and sib200/ (see docs/measured.md).")]
+Out = Annotated[Path, typer.Option("--results", help="File with one line per job; what is in it is not run again.")]
+Tasks = Annotated[str, typer.Option("--tasks", help="Comma-separated: sst2, sib200.")]
+Base = Annotated[str, typer.Option("--base", help="The base model.")]
+Only = Annotated[str | None, typer.Option("--only", help="Comma-separated methods; all if left out.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="Comma-separated seeds.")]
+Examples = Annotated[str, typer.Option("--examples", help="Comma-separated numbers of training examples.")]
+Steps = Annotated[int, typer.Option("--steps", help="Optimiser steps of a job.")]
+Table = Annotated[Path | None, typer.Option("--table", help="Run nothing; write the page of these results here, with its pictures.")]
+
+
+def register(app: typer.Typer) -> None:
+    room = typer.Typer(help="Measure the library on this machine.", no_args_is_help=True)
+    verb(room, "learn")(learn)
+    app.add_typer(room, name="bench")
+
+
+def learn(
+    console: Console,
+    data: Data = Path("data"),
+    results: Out = Path("learn.jsonl"),
+    tasks: Tasks = "sst2,sib200",
+    base: Base = "minilm-l6",
+    only: Only = None,
+    seeds: Seeds = "0,1,2",
+    examples: Examples = "700",
+    steps: Steps = 100,
+    table: Table = None,
+) -> None:
+    """Does it learn?  Train every method on real tasks, and write score, size, time and memory, one line per job.
+
+    intarsia bench learn --data data --results learn.jsonl
+    """
+    from intarsia.bench.jobs import Results, plan, source
+    from intarsia.methods import METHODS
+
+    if table is not None:
+        from intarsia.bench.page import write
+
+        lines = [line for name in str(results).split(",") for line in Results(Path(name)).read()]
+        write(lines, table)
+        console.result({"page": str(table), "results": len(lines)}, lambda: console.line(f"wrote {table} from {len(lines)} results"))
+        return
+    from intarsia.bench.learn import run
+
+    wanted = list(METHODS) if only is None else [METHODS[name].name for name in only.split(",")]
+    names = [source(name).name for name in tasks.split(",")]
+    jobs = plan(names, base, wanted, _numbers(seeds, "--seeds"), _numbers(examples, "--examples"), steps)
+    count = run(jobs, data, Results(results), console.note)
+    console.result({"results": str(results), "run": count}, lambda: console.line(f"{count} jobs run; {results} holds all of them"))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option}: expected whole numbers with commas between them, found {text!r}") from None
