@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from intarsia.compose import LOGITS, TENSORS, Algebra
+from intarsia.compose import LOGITS, TENSORS, Algebra, Expr, Ref, Seq
 from intarsia.errors import CompositionError
 from intarsia.host.call import Call, Child, State, thread
 from intarsia.host.parts import cut, paste
 from intarsia.host.seen import View
 from intarsia.patches import Delta
 from intarsia.sites.address import Site
+
+
+_PRODUCTS = (nn.Linear, Conv1D)
 
 
 def key_of(name: str) -> str:
@@ -156,7 +160,7 @@ class Socket(Child):
         call = self.state.current()
         return call if call is not None and self.active(call) else None
 
-    def _run(self, module: nn.Module, h: Tensor, call: Call, given: Tensor | None) -> Tensor:
+    def _run(self, module: nn.Module, h: Tensor, call: Call, given: Tensor | None, fresh: bool = False) -> Tensor:
         values = {id(tap): tap.pop(self.number) for tap in dict.fromkeys(self.taps.values())}  # one may serve both
         surroundings: dict[str, Any] = {what: values[id(tap)] for what, tap in self.taps.items()}
         for slot in self.slots.values():
@@ -168,7 +172,8 @@ class Socket(Child):
             noted = self.state.noted()
             seen = View(site, call, module=module, input=given, norm=self.norm, given=noted, **surroundings)
             part = h if site.view is None else cut(h, site)
-            value = run_rows(call, part, seen, slot)  # type: ignore[arg-type]
+            value = run_rows(call, part, seen, slot, fresh and site.view is None)  # type: ignore[arg-type]
+            fresh = False
             h = value if site.view is None else paste(h, value, site)
         return h
 
@@ -179,7 +184,9 @@ class Socket(Child):
             return None
         h = output[0] if isinstance(output, tuple) else output
         given = args[0] if args and isinstance(args[0], Tensor) else first_tensor(args, kwargs)[1]
-        h = self._run(module, h, call, given)
+        # a product nobody has seen yet may be overwritten: a linear layer keeps its input for the backward, not its output
+        fresh = type(module) in _PRODUCTS and len(module._forward_hooks) == 1
+        h = self._run(module, h, call, given, fresh)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,10 +212,29 @@ def refuse_rows(site: Site) -> None:
         )
 
 
-def run_rows(call: Call, h: Tensor, seen: View, slot: Slot) -> Tensor:
+def run(expression: Expr, h: Tensor, at: SlotAt, fresh: bool) -> Tensor:
+    """`expression.run(h, at)`; modules that stand one after the other are laid into `h` as they come (`Delta.enter`)."""
+    if isinstance(expression, Ref):
+        for delta in at.deltas(expression.name):
+            h, fresh = delta.enter(h, at.seen, fresh), False
+        return h
+    if isinstance(expression, Seq):
+        for part in expression.parts:
+            h = run(part, h, at, fresh)
+            fresh = fresh and untouched(part, at)
+        return h
+    return expression.run(h, at)  # type: ignore[no-any-return]
+
+
+def untouched(expression: Expr, at: SlotAt) -> bool:
+    """Whether an expression has nothing at this site."""
+    return not any(at.deltas(ref.name) for ref in expression.refs())
+
+
+def run_rows(call: Call, h: Tensor, seen: View, slot: Slot, fresh: bool = False) -> Tensor:
     """The value of a site: each row as its own expression says.  Rows are the first dimension of `h`."""
     if call.rows is None:
-        return call.exprs[0].run(h, SlotAt(slot, seen, TENSORS))
+        return run(call.exprs[0], h, SlotAt(slot, seen, TENSORS), fresh)
     index = call.index(h.shape[0], h.device)
     for number, expression in enumerate(call.exprs):
         rows = (index == number).nonzero()[:, 0]

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia._codec import register
 from intarsia.errors import SpecError
+from intarsia.patches import kernels
 from intarsia.patches.delta import Form, Linear, Seen, WhyNot, dropped
-from intarsia.patches.factors import Factor, FactorSpec, LowRank
+from intarsia.patches.factors import Factor, FactorSpec, LowRank, LowRankFactor
 from intarsia.patches.matrix import canonical_shape
 from intarsia.patches.place import Place
 
@@ -34,6 +36,15 @@ class AffineForm(Form):
     def forward(self, h: Tensor, seen: Seen) -> Tensor:
         x = h if self.spec.read == "self" else seen.input
         return self.factor.given(seen)(dropped(x, self.spec.dropout, self.training))
+
+    def into(self, h: Tensor, seen: Seen, scale: float, fresh: bool) -> Tensor | None:
+        factor = self.factor
+        x = h if self.spec.read == "self" else seen.input
+        if type(factor) is not LowRankFactor or not kernels.usable(h, x, factor.down, factor.up):
+            return None
+        rate = self.spec.dropout if self.training else 0.0
+        narrow = kernels.dropped_linear(x, factor.down, rate) if rate else F.linear(x, factor.down)
+        return kernels.added(h, narrow, factor.up, None, scale, fresh and self.spec.read == "input")
 
     def as_linear(self) -> Linear | WhyNot:
         if self.spec.read == "self":

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from intarsia._codec import register
 from intarsia.errors import SpecError
+from intarsia.patches import kernels
 from intarsia.patches.activations import ACTIVATIONS
 from intarsia.patches.delta import Form, Linear, Seen, WhyNot, back, dropped, same_dtype
-from intarsia.patches.factors import Applied, Dense, Factor, FactorSpec, spread
+from intarsia.patches.factors import Applied, Dense, DenseFactor, Factor, FactorSpec, spread
 from intarsia.patches.place import Place
 
 Read = Literal["self", "normed", "reads", "residual", "input"]
@@ -102,6 +103,19 @@ class BottleneckForm(Form):
         elif self.spec.residual == "none":
             value = value - h
         return back(value, h)
+
+    def into(self, h: Tensor, seen: Seen, scale: float, fresh: bool) -> Tensor | None:
+        """Plain adapters: both biases inside the products, and the stream read and written once."""
+        spec, down, up, bias_in, bias_out = self.spec, self.down, self.up, self.down_bias, self.up_bias
+        if spec.residual != "self" or self.norm_in is not None or self.norm_out is not None:
+            return None
+        if type(down) is not DenseFactor or type(up) is not DenseFactor or not isinstance(bias_in, Tensor) or not isinstance(bias_out, Tensor):
+            return None
+        x = read(h, seen, spec.read)
+        if not kernels.usable(h, x, down.value, up.value, bias_in, bias_out):
+            return None
+        hidden = ACTIVATIONS[spec.activation](F.linear(x, down.value, bias_in))
+        return kernels.added(h, dropped(hidden, spec.dropout, self.training), up.value, bias_out, scale, fresh and spec.read in ("input", "reads"))
 
     def value_at(self, base: Linear, port: str) -> Linear | WhyNot:
         """Behind a linear layer a linear adapter is one more product: U (D (W x + b) + c) + e."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from intarsia.patches import kernels
 from intarsia.patches.place import Place
 from intarsia.sites.address import Site
 
@@ -145,6 +146,10 @@ class Form(nn.Module):
     def forward(self, h: Any, seen: Seen) -> Any:
         raise NotImplementedError
 
+    def into(self, h: Tensor, seen: Seen, scale: float, fresh: bool) -> Tensor | None:
+        """h + scale * self(h, seen) without the value in between, where a form can do that; else None.  See `Delta.enter`."""
+        return None
+
     def as_linear(self) -> Linear | WhyNot:
         """The value as an affine function of the touched module's *input* (`read == "input"`), if it is one."""
         return WhyNot(f"{type(self).__name__} is not an affine function of the layer's input")
@@ -216,6 +221,16 @@ class Delta(nn.Module):
         """Return the change of `h`."""
         return self.op.change(h, self.form(h, seen))
 
+    def enter(self, h: Tensor, seen: Seen, fresh: bool = False) -> Tensor:
+        """`h` with its change, h + self(h, seen), in as few passes over `h` as form and op allow.
+
+        Args:
+            fresh: `h` may be overwritten: nobody else reads it, and no operation kept it for its backward.
+        """
+        enter = getattr(self.op, "enter", None)
+        found = None if enter is None else enter(h, self.form, seen, fresh)
+        return found if found is not None else h + self(h, seen)  # type: ignore[no-any-return]
+
     def fold(self, base: Linear) -> Linear | WhyNot:
         """Change of the affine map of the touched module; `base` is that map as it is now."""
         return self.op.fold(base, self.form, self.site.port)
@@ -236,4 +251,4 @@ def back(value: Tensor, like: Tensor) -> Tensor:
 
 def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
     """Dropout that costs nothing when it does nothing."""
-    return torch.nn.functional.dropout(x, rate, True) if training and rate > 0 else x
+    return kernels.dropout(x, rate) if training and rate > 0 else x

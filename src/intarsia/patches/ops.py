@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from intarsia._codec import register
-from intarsia.patches.delta import Form, Linear, WhyNot, back
+from intarsia.patches.delta import Form, Linear, Seen, WhyNot, back
 
 
 @register("add")
@@ -32,6 +32,10 @@ class Add:
     def change(self, h: Any, value: Any) -> Any:
         value = back(value, h)
         return value if self.scale == 1.0 else value * self.scale
+
+    def enter(self, h: Tensor, form: Form, seen: Seen, fresh: bool) -> Tensor | None:
+        """h + scale * form(h, seen) in one pass, where the form can; see `Delta.enter`."""
+        return form.into(h, seen, self.scale, fresh)
 
     def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
         constant = form.constant()
