@@ -15,6 +15,7 @@ import torch
 from intarsia.errors import CompositionError
 from intarsia.host import Host
 from intarsia.methods import build
+from intarsia.patches import Head
 from tests import zoo
 from tests.host import kit
 from tests.host.test_generation import NEW, OPTIONS, padded
@@ -262,3 +263,26 @@ def test_nothing_below_the_first_module_keeps_a_graph() -> None:
     with host.using("a"):
         model(**inputs)
     assert seen == {0: False, 1: False, 2: True, 3: True}
+
+
+@pytest.mark.parametrize(("family", "headless"), [("bert", True), ("bert", False), ("llama", True), ("llama", False), ("t5", False)])
+def test_a_head_over_a_prompt_pools_the_callers_tokens(family: str, headless: bool) -> None:
+    """With a model that is itself the stack that reads the prompt, too: its mask is the one the caller gave."""
+    model, batch = zoo.make(family, headless=headless)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, -2:] = 0
+    host = Host(model)
+    host.add("m", build("prompt", length=3).with_head(Head(("a", "b"))))
+    states: list[torch.Tensor] = []
+    head = host.forms("m")["logits/head"]
+    handle = head.register_forward_pre_hook(lambda form, args: states.append(args[1].input))
+    with host.using("m"), torch.no_grad():
+        logits = model(**batch).logits
+    handle.remove()
+    assert states[0].shape[1] == batch[("decoder_" if family == "t5" else "") + "input_ids"].shape[1]
+    if family != "t5":
+        weights = batch["attention_mask"][..., None].to(states[0].dtype)
+        pooled = (states[0] * weights).sum(1) / weights.sum(1)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, torch.nn.functional.linear(head.standardised(pooled), head.weight, head.bias))
+    host.close()
