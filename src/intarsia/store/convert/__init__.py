@@ -2,8 +2,10 @@
 
 from intarsia.store.convert.adapterhub import read_adapterhub
 from intarsia.store.convert.adapterhub_write import write_adapterhub
+from intarsia.store.convert.detect import Detected, detect
+from intarsia.store.convert.export import export_lora
 from intarsia.store.convert.peft_read import read_peft
 from intarsia.store.convert.peft_write import write_peft
 from intarsia.store.convert.report import Report
 
-__all__ = ["Report", "read_adapterhub", "read_peft", "write_adapterhub", "write_peft"]
+__all__ = ["Detected", "Report", "detect", "export_lora", "read_adapterhub", "read_peft", "write_adapterhub", "write_peft"]

@@ -46,6 +46,7 @@ class _Layer:
 class _Writing:
     paths: Paths
     weights: Mapping[str, Tensor] | None
+    uniform: bool = False
     layers: dict[str, list[tuple[Site, _Layer]]] = field(default_factory=dict)
     values: dict[tuple[str, str], tuple[Site, Tensor]] = field(default_factory=dict)
     biases: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
@@ -63,6 +64,7 @@ def write_peft(
     weights: Mapping[str, Tensor] | None = None,
     task_type: str | None = None,
     base_name: str | None = None,
+    uniform: bool = False,
 ) -> Report:
     """Write `adapter_config.json`, `adapter_model.safetensors` and the card as `README.md` into a new folder.
 
@@ -71,12 +73,14 @@ def write_peft(
         weights: `model.state_dict()`, needed where peft stores a parameter's new value and the module its change.
         task_type: `CAUSAL_LM`, `SEQ_CLS` ... for peft's task classes.
         base_name: name of the base in the configuration; None for the card's.
+        uniform: one rank and a scale of 1 for all layers, by zeros beside the factors and scales multiplied into them: servers
+            read no patterns. Only for LoRA.
 
     Raises:
         ModuleError: a patch has no form in peft, or parts of it would be different methods there; nothing is written.
         StoreError: the folder already holds such files.
     """
-    writing = _Writing(Paths(sites), weights)
+    writing = _Writing(Paths(sites), weights, uniform)
     prompts: dict[Patch, dict[str, dict[str, Tensor]]] = {}
     for (site_name, patch), tensors in _by_place(module, writing).items():
         if isinstance(patch.form, Tokens | Attend):
@@ -161,10 +165,16 @@ def _layers(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, T
     kinds = sorted({layer.kind.peft_type for members in writing.layers.values() for _, layer in members})
     if len(kinds) > 1:
         raise ModuleError(f"{module.name!r} would be {listing(kinds)} in peft, which keeps one method per folder")
+    if writing.uniform and kinds != ["LORA"]:
+        raise ModuleError(f"{module.name!r} ({module.method.name}) would be {listing(kinds) or 'no method'} in peft; servers of LoRA folders read LORA")
     if not kinds:
         return _only_values(module, writing)
     kind = kinds[0]
+    if writing.uniform:
+        _fold_scales(module, writing)
     layers = {path: _joined(writing, path, members) for path, members in writing.layers.items()}
+    if writing.uniform:
+        layers = _evened(layers)
     tensors = {f"{PREFIX}{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     fields = _fields(kind, layers)
     fields["target_modules"] = suffixes(layers, writing.paths.known)
@@ -187,7 +197,7 @@ def _joined(writing: _Writing, path: str, members: list[tuple[Site, _Layer]]) ->
     if len(members) == 1 and site.view is None:
         return first
     views = [s.view for s, _ in members]
-    same = len({(tuple(sorted(m.fields.items())), m.kind.patch) for _, m in members}) == 1
+    same = len({(tuple(sorted((key, value) for key, value in m.fields.items() if key != "r")), m.kind.patch) for _, m in members}) == 1
     if None in views or first.kind.patch != "lora" or first.kind.peft_type != "LORA" or not same or len(set(views)) != len(views):
         raise ModuleError(
             f"{path}: {len(members)} patches at this layer ({listing(s.name for s, _ in members)}) are no single {first.kind.peft_type} there; add "
@@ -206,6 +216,31 @@ def _joined(writing: _Writing, path: str, members: list[tuple[Site, _Layer]]) ->
     down = torch.cat([layer.tensors["lora_A.weight"] for _, layer in members])
     writing.notes["parts of fused projections lie side by side, so that the rank there is the sum of theirs"] = None
     return _Layer(first.kind, {**first.fields, "r": down.shape[0]}, {"lora_A.weight": down, "lora_B.weight": torch.cat(ups, 1)})
+
+
+def _fold_scales(module: Module, writing: _Writing) -> None:
+    """Every LoRA with the scale 1, which its out-factor takes over."""
+    odd = {path for path, _ in writing.values} | set(writing.biases)
+    odd |= {path for path, members in writing.layers.items() for _, layer in members if layer.kind.patch != "lora"}
+    if odd:
+        raise ModuleError(f"{module.name!r} is more than LoRA at {listing(sorted(odd), 4)}, which servers of LoRA folders do not read; {_ADVICE}")
+    for members in writing.layers.values():
+        for index, (site, layer) in enumerate(members):
+            up = layer.tensors["lora_B.weight"] * float(layer.fields["scale"])
+            fields = {**layer.fields, "scale": 1.0, "lora_dropout": 0.0}
+            members[index] = site, _Layer(layer.kind, fields, {**layer.tensors, "lora_B.weight": up})
+
+
+def _evened(layers: Mapping[str, _Layer]) -> dict[str, _Layer]:
+    """The same products with one rank: zeros beside the factors."""
+    rank = max(layer.tensors["lora_A.weight"].shape[0] for layer in layers.values())
+    found: dict[str, _Layer] = {}
+    for path, layer in layers.items():
+        down, up = layer.tensors["lora_A.weight"], layer.tensors["lora_B.weight"]
+        more = rank - down.shape[0]
+        down, up = torch.cat([down, down.new_zeros(more, down.shape[1])]), torch.cat([up, up.new_zeros(up.shape[0], more)], 1)
+        found[path] = _Layer(layer.kind, {**layer.fields, "r": rank}, {"lora_A.weight": down, "lora_B.weight": up})
+    return found
 
 
 def _fields(kind: str, layers: Mapping[str, _Layer]) -> Fields:
