@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia._codec import register
@@ -172,8 +173,12 @@ class Causal(BaseTask[CausalOptions]):
     def terms(self, batch: Batch) -> int:
         return int((self.labels_of(batch)[:, 1:] != IGNORE).sum())
 
+    def wanted(self, batch: Batch) -> Tensor:
+        """What each position is to predict, [B, T]: the piece behind it; `IGNORE` where there is none to learn."""
+        return F.pad(self.labels_of(batch)[:, 1:], (0, 1), value=IGNORE)
+
     def term_losses(self, outputs: Any, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        return token_losses(one_tensor(logits_of(outputs))[:, :-1], self.labels_of(batch)[:, 1:], smoothing)
+        return token_losses(one_tensor(logits_of(outputs)), self.wanted(batch), smoothing)
 
     def context(self, batch: Batch) -> dict[str, Any]:
         """`prompt`: how many tokens of each row are given and not predicted; nothing else may be looked at in advance."""

@@ -276,11 +276,12 @@ def token_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tupl
     """Cross entropies of the labelled positions only [n], and the batch index of each [n].
 
     Args:
-        logits: [B, T, V], any floating type.
+        logits: [B, T, V], any floating type; or [N, V], those of the labelled positions alone.
         labels: [B, T], `IGNORE` where there is none.
     """
     chosen = labels != IGNORE
-    losses = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none", label_smoothing=smoothing)
+    picked = logits if logits.dim() == 2 else logits[chosen]
+    losses = F.cross_entropy(picked.float(), labels[chosen], reduction="none", label_smoothing=smoothing)
     return losses, chosen.nonzero()[:, 0]
 
 

@@ -144,8 +144,12 @@ class Masked(BaseTask[MaskedOptions]):
         batch["labels"] = self.padded(drawn, "labels", IGNORE)
         return batch
 
+    def wanted(self, batch: Batch) -> Tensor:
+        """What each position is to predict, [B, T]; `IGNORE` where there is nothing to learn."""
+        return self.labels_of(batch)
+
     def term_losses(self, outputs: Any, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        return token_losses(one_tensor(logits_of(outputs)), self.labels_of(batch), smoothing)
+        return token_losses(one_tensor(logits_of(outputs)), self.wanted(batch), smoothing)
 
     def predict(self, outputs: Any, batch: Batch) -> list[Prediction]:
         """Per window the log-likelihood of what was hidden, and how much of it was guessed (`correct`)."""

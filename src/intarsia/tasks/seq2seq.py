@@ -185,8 +185,12 @@ class Seq2Seq(BaseTask[Seq2SeqOptions]):
 
     # -- losses and answers ------------------------------------------------------------------------------------------
 
+    def wanted(self, batch: Batch) -> Tensor:
+        """What each position is to predict, [B, T]; `IGNORE` where there is nothing to learn."""
+        return self.labels_of(batch)
+
     def term_losses(self, outputs: Any, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        return token_losses(one_tensor(logits_of(outputs)), self.labels_of(batch), smoothing)
+        return token_losses(one_tensor(logits_of(outputs)), self.wanted(batch), smoothing)
 
     def outputs(self, model: Any, batch: Batch) -> Any:
         """Teacher-forced outputs where there are targets."""

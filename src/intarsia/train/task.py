@@ -55,6 +55,8 @@ class Task(Protocol):
     * `outputs(model, batch)`: another way to ask the model than `model(**{key: batch[key] for key in keys})`.
     * `writes: bool` and `generate(model, batch) -> list of texts`: the task generates; in evaluation the texts are put into
       the outputs as `texts`.  They run without the task's context: all that a model reads first is then its prompt.
+    * `wanted(batch) -> Tensor`: what each position predicts, [B, T], -100 where nothing; the loss then also takes logits
+      [N, V] of the labelled positions alone, see `intarsia.train.targets`.
     * `settle(host, name, expression, features, batch_size) -> None`: called with the training features before every
       evaluation in training and at its end, to set what no gradient finds (prototypes).
 

@@ -34,6 +34,7 @@ from intarsia.train.checkpoint import Checkpoint
 from intarsia.train.rates import factor, optimiser_groups
 from intarsia.train.recipe import Recipe
 from intarsia.train.signals import Stop
+from intarsia.train.targets import targets_only
 from intarsia.train.task import Batch, Task, context_of
 
 
@@ -58,7 +59,7 @@ class Step(nn.Module):
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.model.device.type, torch.bfloat16)
-        with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch)) as model, autocast:
+        with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch)) as model, autocast, targets_only(self.model, self.task, batch):
             outputs = model(**{key: batch[key] for key in self.task.keys if key in batch})
         if isinstance(outputs.get("logits"), Tensor):
             outputs["logits"] = outputs["logits"].float()  # losses are summed in float32
