@@ -147,7 +147,7 @@ def run(jobs: Iterator[Job], data: Path, results: Results, say: Callable[[str], 
             continue
         try:
             values = run_job(job, data)
-        except IntarsiaError as error:
+        except (IntarsiaError, RuntimeError, TypeError, ValueError) as error:  # one method's fault must not cost the others
             values = {"failed": f"{type(error).__name__}: {error}"}
         results.add(job, values)
         count += 1
