@@ -29,6 +29,7 @@ from intarsia.modules import Module, load, save
 from intarsia.train import checkpoint as checkpoints
 from intarsia.train import record as records
 from intarsia.train import rng
+from intarsia.train.allocator import pages_kept
 from intarsia.train.calibrate import calibrate
 from intarsia.train.checkpoint import Checkpoint
 from intarsia.train.describe import described
@@ -128,6 +129,7 @@ def train(
                 torch.distributed.barrier()  # nobody writes before all have looked
         stack.enter_context(rng.kept())
         stack.enter_context(restored(host))
+        stack.enter_context(pages_kept(host.model.device.type == "cpu"))
         stop = stack.enter_context(stopping())
         return _train(host, name, task, train_table, dev_table, recipe, folder, chosen, resume, progress, callbacks, config, stop)
 
