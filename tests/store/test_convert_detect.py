@@ -22,7 +22,7 @@ def folders(where: str, mark: str) -> list[Path]:
 
 def test_every_sample_is_recognised() -> None:
     peft = folders("fixtures/peft", "adapter_config.json")
-    hub = [p for p in folders("fixtures/adapterhub", "adapter_config.json")]
+    hub = folders("fixtures/adapterhub", "adapter_config.json")
     sft = folders("fixtures/adapterhub/composable_sft", "pytorch_diff.bin")
     assert len(peft) > 100 and len(hub) > 100 and len(sft) == 2
     for whose, found in (("peft", peft), ("adapterhub", hub), ("composable-sft", sft)):

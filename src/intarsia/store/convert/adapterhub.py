@@ -99,7 +99,7 @@ class _Reading:
 
 
 def read_adapterhub(
-    folder: str | os.PathLike[str], *, sites: SiteMap, base: Fingerprint, name: str | None = None
+    folder: str | os.PathLike[str], *, sites: SiteMap, base: Fingerprint, name: str | None = None, allow_pickle: bool = False
 ) -> tuple[Module, Report]:
     """Read `adapter_config.json` and `adapter.safetensors`.
 
@@ -107,16 +107,17 @@ def read_adapterhub(
         sites: of the model it is for, `resolve(model)`.
         base: fingerprint of that model; the file does not say which it belongs to.
         name: of the module; None for the adapter's.
+        allow_pickle: where there is only `pytorch_adapter.bin`, open it in a restricted process (with a warning).
 
     Raises:
-        StoreError: a file is missing; pickled weights are refused.
+        StoreError: a file is missing; pickled weights are refused unless allowed.
         ModuleError: a field, method or tensor that is not understood, or a layer that the model lacks.
     """
     with sound(os.fspath(folder)):
-        return _read(Path(folder), sites, base, name)
+        return _read(Path(folder), sites, base, name, allow_pickle)
 
 
-def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None) -> tuple[Module, Report]:
+def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, allow_pickle: bool) -> tuple[Module, Report]:
     raw = read_config(folder, CONFIG)
     source = str(folder / CONFIG)
     unknown = [key for key in raw if key not in TOP]
@@ -127,7 +128,7 @@ def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None) -> 
     config, adapter = raw.get("config"), raw.get("name")
     if not isinstance(config, dict) or not isinstance(adapter, str) or not adapter:
         raise ModuleError(f"{source}: 'config' is an object and 'name' a string, found {str(config)[:40]!r} and {adapter!r}")
-    tensors = {key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE).items()}
+    tensors = {key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()}
     modules = [key.partition(f".loras.{adapter}.")[0] for key in tensors if f".loras.{adapter}." in key]
     reading = _Reading(adapter, Paths(sites, modules), sites, tensors)
     parts = config["configs"] if config.get("architecture") == "union" else [config]

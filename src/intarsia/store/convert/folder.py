@@ -1,6 +1,6 @@
 """Reading and writing the folders of peers: a JSON configuration and a safetensors file, with limits before allocation.
 
-Pickled weights (`.bin`, `.pt`) are refused: opening one can run code.
+Pickled weights (`.bin`) are refused, since opening one can run code, unless the caller allows the restricted loader (`pickled.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from intarsia._codec import parse_json
 from intarsia.errors import IntarsiaError, ModuleError, SpecError, StoreError, listing
 from intarsia.modules.atomic import write_atomic
 from intarsia.modules.file import check_finite
+from intarsia.store.convert.pickled import read_pickled
 
 MAX_CONFIG = 4_000_000
 MAX_HEADER = 4_000_000
@@ -66,11 +67,12 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def read_tensors(folder: Path, name: str, pickled: str) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str, pickled: str, allow_pickle: bool = False) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors file, finite ones only.
 
     Args:
         pickled: name of the file that older versions of the peer write instead.
+        allow_pickle: open that one in a restricted process if there is no other.
 
     Raises:
         StoreError: it is missing; a pickle beside it is refused with the way to convert it.
@@ -78,11 +80,13 @@ def read_tensors(folder: Path, name: str, pickled: str) -> dict[str, Tensor]:
     """
     path = folder / name
     if not path.is_file():
+        if (folder / pickled).exists() and allow_pickle:
+            return _plain(read_pickled(folder / pickled), folder / pickled)
         if (folder / pickled).exists():
             raise StoreError(
-                f"{folder} holds {pickled}, a pickle; opening one can run code, so it is not read. In an environment where you trust the "
-                f"file: from torch import load; from safetensors.torch import save_file; "
-                f"save_file(load({pickled!r}, weights_only=True), {name!r}, metadata={{'format': 'pt'}})"
+                f"{folder} holds {pickled}, a pickle; opening one can run code, so it is not read. Give allow_pickle=True to open it in a process "
+                f"of its own that builds tensors only, or save it again where you trust it: from torch import load; from safetensors.torch import "
+                f"save_file; save_file(load({pickled!r}, weights_only=True), {name!r}, metadata={{'format': 'pt'}})"
             )
         raise StoreError(f"{folder} has no {name}")
     with open(path, "rb") as file:
@@ -93,6 +97,23 @@ def read_tensors(folder: Path, name: str, pickled: str) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ModuleError(f"{path} is no sound safetensors file: {error}") from None
+    return checked(tensors, path)
+
+
+def _plain(found: Mapping[tuple[str, ...], Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle that is one dictionary."""
+    nested = [name for name in found if len(name) != 1]
+    if nested:
+        raise ModuleError(f"{path}: expected a dictionary of tensors, found {'/'.join(nested[0])[:80]!r}")
+    return checked({name[0]: tensor for name, tensor in found.items()}, path)
+
+
+def checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same tensors, if they are not too many and all finite.
+
+    Raises:
+        ModuleError: says which is not.
+    """
     if len(tensors) > MAX_TENSORS:
         raise ModuleError(f"{path} lists {len(tensors):,} tensors; at most {MAX_TENSORS:,} are allowed")
     try:

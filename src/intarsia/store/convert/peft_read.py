@@ -51,6 +51,7 @@ def read_peft(
     base: Fingerprint,
     name: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[Module, Report]:
     """Read `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -60,20 +61,21 @@ def read_peft(
         name: of the module; None for the folder's name.
         weights: `model.state_dict()`.  peft stores the new value of a head, norm or bias, and a module its change; without
             the base's value such tensors are left out and reported.
+        allow_pickle: where there is only `adapter_model.bin`, open it in a restricted process (with a warning).
 
     Raises:
-        StoreError: a file is missing; pickled weights are refused.
+        StoreError: a file is missing; pickled weights are refused unless allowed.
         ModuleError: unknown field, method or tensor; a layer that the model lacks; layers of the model that the file lacks.
     """
     with sound(os.fspath(folder)):
-        return _read(Path(folder), sites, base, name, weights)
+        return _read(Path(folder), sites, base, name, weights, allow_pickle)
 
 
 def _read(
-    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None
+    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None, allow_pickle: bool
 ) -> tuple[Module, Report]:
     config = check(read_config(folder, CONFIG), str(folder / CONFIG))
-    tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in read_tensors(folder, WEIGHTS, PICKLE).items()}
+    tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()}
     inner = {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)}
     outer = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
     shared = {key.removeprefix("base_model."): t for key, t in outer.items()}
