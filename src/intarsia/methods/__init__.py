@@ -26,6 +26,7 @@ from intarsia.methods.method import (
     StepRule,
     build,
     dropped_layers,
+    row,
     union,
 )
 from intarsia.methods.orthogonal import boft, hra, oft, road
@@ -105,6 +106,7 @@ __all__ = [
     "prefix",
     "prompt",
     "road",
+    "row",
     "rslora",
     "said",
     "svft",
