@@ -233,3 +233,15 @@ def test_interrupt_and_resume_give_the_uninterrupted_module(cli: Here, room: Pat
 def test_a_folder_that_cannot_be_written(cli: Here, room: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     cli(*train_words(room, "x", "--out", str(tmp_path / "x"), *STEPS)).error(5)
+
+
+def test_one_design_element_exchanged(cli: Here, room: Path) -> None:
+    """He et al. 2021: a sequential adapter made parallel and scaled, or moved to the attention, by one setting each."""
+    words = train_words(room, "moved", "--method", "pfeiffer", "--name", "moved", "--max-steps", "2", "--set", "reduction=8")
+    found = cli(*words, "--set", "insertion=parallel", "--set", "scale=4", "--set", "at=attn", "--json")
+    assert found.code == 0, found.err
+    module = load(Path(found.json["file"]))
+    (patch,) = [p for p in module.method.patches if p.port != "logits"]
+    assert patch.at == "attn" and patch.form.read == "reads" and patch.op.scale == 4.0  # type: ignore[union-attr]
+    refused = cli(*train_words(room, "no", "--method", "pfeiffer"), "--set", "insertoin=parallel")
+    assert refused.code == 2 and "insertion" in refused.err

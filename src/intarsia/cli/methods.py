@@ -58,16 +58,22 @@ def describe(row: Row, count: Counter, settings: dict[str, Any]) -> dict[str, An
     """All that is known of a method, as plain values."""
     from intarsia._codec import encode
     from intarsia.cli.axes import method_cells
+    from intarsia.cli.facts import facts
 
     method = row.build(**settings)
     where, form, op = method_cells(method)
     trainable, reason = count(method)
+    known = facts(method)
     return {
         "name": row.name,
         "summary": row.summary,
         "where": where,
         "form": form,
         "op": op,
+        "trains": list(known.trains),
+        "ties": list(known.ties),
+        "why_not_foldable": known.why_not_foldable,
+        "combines": known.combines,
         "trainable": trainable,
         "share": None if trainable is None else trainable / count.total,
         "refused": reason,
@@ -81,8 +87,8 @@ def describe(row: Row, count: Counter, settings: dict[str, Any]) -> dict[str, An
 
 def _all(console: Console, rows: list[dict[str, Any]], count: Counter) -> None:
     console.table(
-        ["method", "where", "form", "op", "trainable", "%", "source"],
-        [[r["name"], r["where"], r["form"], r["op"], *amount(r), r["source"]] for r in rows],
+        ["method", "where", "form", "op", "ties", "folds", "trainable", "%", "source"],
+        [[r["name"], r["where"], r["form"], r["op"], few(r["ties"]), folds(r), *amount(r), r["source"]] for r in rows],
     )
     refusals(console, rows)
     console.line()
@@ -102,10 +108,13 @@ def _page(console: Console, rows: list[dict[str, Any]], count: Counter) -> None:
         f"module's tensors, and an *op* lets it in. Counts are exact, for {count.name} ({count.total:,} parameters), without a head, which "
         f"adds {count.head_text}.\n"
     )
-    head = ["method", "where", "form", "op", "trainable", "%"]
-    console.line(page_table(head, [[f"`{r['name']}`", f"`{r['where']}`", f"`{r['form']}`", f"`{r['op']}`", *amount(r)] for r in rows]))
+    head = ["method", "where", "form", "op", "ties", "folds", "combines by", "trainable", "%"]
+    cells = [[f"`{r['name']}`", f"`{r['where']}`", f"`{r['form']}`", f"`{r['op']}`", few(r["ties"]), folds(r), r["combines"], *amount(r)] for r in rows]
+    console.line(page_table(head, cells))
     for r in rows:
         console.line(f"\n## {r['name']}\n\n{r['summary']}\n\n- equation: `{r['equation']}`\n- source: {r['source']}")
+        console.line(f"- trains: {', '.join(r['trains']) or 'its head only'}" + (f"; shared by all sites: {', '.join(r['ties'])}" if r["ties"] else ""))
+        console.line(f"- folds into the base: {'yes' if r['why_not_foldable'] is None else 'no, ' + r['why_not_foldable']}")
         console.line(f"- settings (`--set KEY=VALUE`): {'`' + settings_text(r['defaults']) + '`' if r['defaults'] else 'none'}")
 
 
@@ -118,6 +127,11 @@ def _one(console: Console, row: Row, described: dict[str, Any], count: Counter) 
     console.line(f"  source     {row.source}")
     console.line(f"  settings   {settings_text(described['settings']) or 'none'}")
     console.line(f"  training   learning rate {method.policy.learning_rate:g}, weight decay {method.policy.decay:g}")
+    console.line(f"  trains     {', '.join(described['trains']) or 'its head only'}")
+    if described["ties"]:
+        console.line(f"  ties       {', '.join(described['ties'])}")
+    console.line(f"  folds      {'yes' if described['why_not_foldable'] is None else 'no: ' + described['why_not_foldable']}")
+    console.line(f"  combines   {described['combines']}")
     if described["refused"]:
         console.line(f"  trainable  not on {count.name}: {described['refused']}")
     else:
@@ -127,6 +141,16 @@ def _one(console: Console, row: Row, described: dict[str, Any], count: Counter) 
     if rows:
         console.heading("It changes the model at")
         console.table(["where", "form", "op"], rows)
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list."""
+    return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
+
+
+def folds(described: dict[str, Any]) -> str:
+    """Whether a method's modules can become part of the base."""
+    return "yes" if described["why_not_foldable"] is None else "no"
 
 
 def amount(described: dict[str, Any]) -> tuple[int | None, str]:

@@ -223,7 +223,7 @@ def run(expression: Expr, h: Tensor, at: SlotAt, fresh: bool) -> Tensor:
             h = run(part, h, at, fresh)
             fresh = fresh and untouched(part, at)
         return h
-    return expression.run(h, at)  # type: ignore[no-any-return]
+    return expression.run(h, at)
 
 
 def untouched(expression: Expr, at: SlotAt) -> bool:

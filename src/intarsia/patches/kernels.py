@@ -80,7 +80,7 @@ def added(h: Tensor, x: Tensor, up: Tensor, bias: Tensor | None = None, scale: f
         in_place: h is a fresh result that nobody else reads and that no operation has kept for its backward.
     """
     in_place = in_place and h.is_contiguous() and not (h.is_leaf and h.requires_grad) and not h.is_inference()
-    return _Added.apply(h, x, up, bias, float(scale), in_place)  # type: ignore[no-any-return]
+    return _Added.apply(h, x, up, bias, float(scale), in_place)
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def keep_mask(shape: torch.Size, rate: float, seed: int) -> Tensor:
     """Which entries to keep, int8 of `shape` (0 or 1).  16 bits decide each: the rate is exact to 2**-17, see `scale_of`."""
     size = shape.numel()
     words = torch.empty((size + 3) // 4, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))  # type: ignore[call-overload]
+    words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
     return (words.view(torch.int16)[:size] >= _levels(rate) - HALF).view(torch.int8).view(shape)
 
 
@@ -129,7 +129,7 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     """`F.dropout(x, rate)`; on a CPU with cheap randomness."""
     if not 0.0 < rate < 0.999 or x.device.type != "cpu" or not usable(x):
         return F.dropout(x, rate, True)
-    return _Dropout.apply(x, rate, _seed())  # type: ignore[no-any-return]
+    return _Dropout.apply(x, rate, _seed())
 
 
 class _DroppedLinear(torch.autograd.Function):
@@ -157,4 +157,4 @@ def dropped_linear(x: Tensor, down: Tensor, rate: float) -> Tensor:
     """F.linear(dropout(x, rate), down), [..., in] -> [..., r]."""
     if not 0.0 < rate < 0.999 or x.device.type != "cpu" or not usable(x, down):
         return F.linear(F.dropout(x, rate, True), down)
-    return _DroppedLinear.apply(x, down, rate, _seed())  # type: ignore[no-any-return]
+    return _DroppedLinear.apply(x, down, rate, _seed())
