@@ -19,7 +19,6 @@ from intarsia.host.seen import View
 from intarsia.patches import Delta
 from intarsia.sites.address import Site
 
-
 _PRODUCTS = (nn.Linear, Conv1D)
 
 
