@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs/formats.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    head, mark, rest = PAGE.read_text().partition("<!-- table -->\n")
+    _, mark, rest = PAGE.read_text().partition("<!-- table -->\n")
     assert mark and rest.strip() == table().strip(), "write it again: python -m tests.store.test_convert_docs"
 
 

@@ -7,5 +7,6 @@ from intarsia.store.convert.export import export_lora
 from intarsia.store.convert.peft_read import read_peft
 from intarsia.store.convert.peft_write import write_peft
 from intarsia.store.convert.report import Report
+from intarsia.store.convert.sft import read_sft, write_sft
 
-__all__ = ["Detected", "Report", "detect", "export_lora", "read_adapterhub", "read_peft", "write_adapterhub", "write_peft"]
+__all__ = ["Detected", "Report", "detect", "export_lora", "read_adapterhub", "read_peft", "read_sft", "write_adapterhub", "write_peft", "write_sft"]

@@ -63,6 +63,9 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
         Format("lora", "LoRA, (IA)^3", "LoRA at q, k, v", "outputs", "DoRA and VeRA have other formulas there: refused"),
         Format("prefix_tuning", "prefix", "", "outputs", "no gate; relative positions (T5): refused"),
     ),
+    "composable-sft": (
+        Format("sparse difference", "changes of entries, heads", "changes of whole parameters, heads", "outputs", "a pickle, by permission; heads need weights="),
+    ),
 }
 
 
