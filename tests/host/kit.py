@@ -70,13 +70,13 @@ _LOW_RANK = ("rslora", "lora_plus", "lora_fa", "miss", "dora", "pissa", "adalora
 _SUBSPACE = ("vera", "svft", "intrinsic", "said")
 _ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "perfect")
 #: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
-EXACT = ("full", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, "oft", "boft", "road", "mh_parallel", "llama_adapter")
+EXACT = ("full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, "oft", "boft", "road", "mh_parallel", "llama_adapter")
 NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "lora_xs", "hra")
 FOLDABLE = (
-    "full", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
+    "full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
 )  # fmt: skip
 #: methods that touch every parameter, those computed once for all rows among them
-EVERYWHERE = ("full", "intrinsic", "said")
+EVERYWHERE = ("full", "child_tuning_f", "intrinsic", "said")
 #: methods that add tokens to the sequence, and methods that add keys and values
 TOKENS = ("prompt", "p_tuning")
 MEMORY = ("prefix", "p_tuning_v2", "llama_adapter", "mam", "unipelt")

@@ -380,10 +380,3 @@ def test_the_host_knows_what_training_knows() -> None:
     again = host.extract("m")
     assert again.digest == result.module.digest and again.card == result.module.card
     assert again.context["task"] == task.settings()
-
-
-@pytest.mark.parametrize(("method", "settings"), [("adalora", {}), ("adapterdrop", {"robust": True})])
-def test_a_method_is_not_trained_without_what_it_prescribes(method: str, settings: dict[str, Any]) -> None:
-    host, task = make.host("classify", method, **settings)
-    with pytest.raises(TrainingError, match="would be another method"):
-        train(host, "m", task, make.table(24), recipe=SHORT)

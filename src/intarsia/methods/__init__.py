@@ -17,6 +17,7 @@ from intarsia.methods.combined import mam, perfect, unipelt
 from intarsia.methods.low_rank import adalora, dora, gralora, hira, loha, lokr, lora_fa, lora_plus, miss, pissa, rslora
 from intarsia.methods.method import (
     METHODS,
+    GradientRule,
     Group,
     Method,
     Patch,
@@ -46,10 +47,12 @@ from intarsia.methods.rows import (
     prompt,
 )
 from intarsia.methods.side import lst
+from intarsia.methods.subset import child_tuning_f
 from intarsia.methods.subspace import c3a, fourierft, intrinsic, lora_xs, said, svft, vera
 
 __all__ = [
     "METHODS",
+    "GradientRule",
     "Group",
     "Method",
     "Patch",
@@ -64,6 +67,7 @@ __all__ = [
     "boft",
     "build",
     "c3a",
+    "child_tuning_f",
     "compacter",
     "compacter_pp",
     "direft",

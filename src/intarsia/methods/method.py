@@ -101,6 +101,19 @@ class StepRule(Protocol):
         """
 
 
+@runtime_checkable
+class GradientRule(Protocol):
+    """What a method does to gradients before the optimiser and its moments see them: a frozen, registered dataclass."""
+
+    def before_step(self, step: int, seed: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Change the gradients of a module's parameters in place.
+
+        Args:
+            step: counted from 1; what is drawn follows from `seed` and `step` alone.
+            parameters: by their names in the module's file.
+        """
+
+
 @register("policy")
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -113,6 +126,7 @@ class Policy:
         flatten: export reparametrised tensors to plain ones when training ends.
         penalties: terms added to the task's loss, see `Host.penalty`.
         steps: what is done between optimiser steps.
+        gradients: what is done to gradients, after clipping.
         drop_layers: at every training step the lowest n ~ U{0 ... drop_layers} layers run without modules, i.e. with
             `drop_layers=n` in the call's context (AdapterDrop); see `dropped_layers`.
     """
@@ -123,6 +137,7 @@ class Policy:
     flatten: bool = False
     penalties: tuple[Penalty, ...] = ()
     steps: tuple[StepRule, ...] = ()
+    gradients: tuple[GradientRule, ...] = ()
     drop_layers: int = 0
 
 

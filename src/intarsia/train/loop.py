@@ -140,15 +140,6 @@ def _check(host: Host, name: str, task: Task, expression: Expr, recipe: Recipe) 
     if name not in names(expression):
         raise UsageError(f"the expression {expression} does not name the module {name!r} that is to be trained{nearest(name, names(expression))}")
     host.call(expression)  # refuses unknown names and illegal compositions
-    policy = method.policy
-    rules = [what for what, wanted in (("a penalty", policy.penalties), ("rules between steps", policy.steps),
-                                       ("layers dropped at random", policy.drop_layers)) if wanted]  # fmt: skip
-    if rules:
-        raise TrainingError(
-            f"method {method.name!r} prescribes {' and '.join(rules)} while training, which train() does not carry out yet; "
-            "without them it would be another method. Train it with a loop of your own (Host.penalty, StepRule.after_step, "
-            "dropped_layers), or take a method without them"
-        )
     if task.head is not None and method.head is None:
         raise UsageError(
             f"task {task.name!r} needs a head and module {name!r} has none; add it with "

@@ -33,6 +33,7 @@ from intarsia.train.batches import Loader, Micro, moved
 from intarsia.train.checkpoint import Checkpoint
 from intarsia.train.rates import factor, optimiser_groups
 from intarsia.train.recipe import Recipe
+from intarsia.train.rules import Rules
 from intarsia.train.signals import Stop
 from intarsia.train.targets import targets_only
 from intarsia.train.task import Batch, Task, context_of
@@ -53,13 +54,15 @@ class Step(nn.Module):
         self.head = head
         self.task = task
         self.precision = precision
+        self.more: Mapping[str, Any] = {}
+        """What the present step adds to the call's context."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the losses of a batch, []."""
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.model.device.type, torch.bfloat16)
-        with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch)) as model, autocast, targets_only(self.model, self.task, batch):
+        with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch), **self.more) as model, autocast, targets_only(self.model, self.task, batch):
             outputs = model(**{key: batch[key] for key in self.task.keys if key in batch})
         if isinstance(outputs.get("logits"), Tensor):
             outputs["logits"] = outputs["logits"].float()  # losses are summed in float32
@@ -92,6 +95,11 @@ class _Hooks(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         assert self.trainer is not None
         self.trainer.check_finite()
+        self.trainer.rules.before_step(state.global_step + 1)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.rules.after_step(state.global_step + 1, self.trainer.optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         assert self.trainer is not None
@@ -186,9 +194,11 @@ class ModuleTrainer(Trainer):
         self.resumed: Checkpoint | None = None
         self._bad: tuple[float, tuple[int, ...]] | None = None
         self._rows: tuple[int, ...] = ()
+        self.rules = Rules(host, name, recipe.seed, args.max_steps)
+        self.step_module = Step(host, expression, head, task, recipe.precision)
         hooks = _Hooks()
         super().__init__(
-            model=Step(host, expression, head, task, recipe.precision),
+            model=self.step_module,
             args=args,
             train_dataset=loader.dataset,
             callbacks=[hooks, *callbacks],
@@ -217,6 +227,8 @@ class ModuleTrainer(Trainer):
         micros = list(itertools.islice(epoch_iterator, num_batches))
         self._rows = tuple(row for micro in micros if micro.counts for row in micro.rows)
         terms = sum(micro.terms for micro in micros)
+        self.rules.begin_step()
+        self.step_module.more = self.rules.context(self.state.global_step + 1)
         received = self.stop.received
         if self.args.world_size > 1:
             shared = torch.tensor([terms, received], dtype=torch.int64, device=self.args.device)
@@ -244,6 +256,9 @@ class ModuleTrainer(Trainer):
         if not bool(torch.isfinite(total)):
             self._bad = self._bad or (float(total.detach()), micro.rows)
             loss = loss * math.nan  # so that every process sees it in the averaged gradient and stops
+        penalty = self.rules.penalty()
+        if penalty is not None:
+            loss = loss + penalty
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -328,6 +343,7 @@ class ModuleTrainer(Trainer):
         if main:
             checkpoints.save_tensors(path / "optimizer.pt", self.optimizer.state_dict())
             checkpoints.save_tensors(path / "scheduler.pt", self.lr_scheduler.state_dict())
+            checkpoints.save_tensors(path / "rules.pt", self.rules.state())
             self.state.save_to_json(str(path / "trainer_state.json"))
             self.watch.saved(self, path)
             checkpoints.complete(path, step, self.plan)
@@ -347,6 +363,7 @@ class ModuleTrainer(Trainer):
         if self.resumed is not None:
             self.optimizer.load_state_dict(self.resumed.tensors("optimizer.pt"))
             self.lr_scheduler.load_state_dict(self.resumed.tensors("scheduler.pt"))
+            self.rules.restore(self.resumed.tensors("rules.pt"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """No scaler: bf16 needs none."""
