@@ -34,7 +34,7 @@ from intarsia.host.fold import fold, why_not_foldable
 from intarsia.host.output import Root
 from intarsia.host.probe import memories
 from intarsia.host.record import Entry, Record
-from intarsia.host.transfer import fill, flattened, whole
+from intarsia.host.transfer import fill, flattened, make_room, whole
 from intarsia.methods import Method
 from intarsia.methods.method import side
 from intarsia.modules import Card, Module, check_name
@@ -129,6 +129,10 @@ class Host:
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A module's live parameters by their names in its file."""
         return self._entry(name).built.parameters()
+
+    def make_room(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Let a module's sparse parts take the sizes of other tensors of the same module, before these are copied in."""
+        make_room(self._entry(name).built, tensors)
 
     def deltas(self, name: str) -> list[tuple[Site, list[Delta]]]:
         """A module's deltas by site."""

@@ -43,12 +43,33 @@ def flattened(entry: Entry, context: Mapping[str, Any]) -> tuple[Method, dict[st
     return replace(entry.method, patches=patches), {**keep, **tensors}
 
 
+def make_room(built: Built, tensors: Mapping[str, Tensor]) -> None:
+    """Let parts whose number of entries is the module's own (`adopt`) take the sizes of stored tensors.
+
+    Raises:
+        ModuleError: a stored pair is not positions and values of the tensor there; the name of its site is given.
+    """
+    for site, deltas in built.deltas:
+        for delta in deltas:
+            for path, part in delta.form.named_modules():
+                if not hasattr(part, "adopt"):
+                    continue
+                prefix = f"{site.name}/{delta.name}." + (f"{path}." if path else "")
+                leaves = {leaf: tensors[prefix + leaf] for leaf in ("index", "values") if prefix + leaf in tensors}
+                if len(leaves) == 2:
+                    try:
+                        part.adopt(leaves)
+                    except ModuleError as error:
+                        raise ModuleError(f"{prefix}: {error}") from None
+
+
 def fill(built: Built, module: Module) -> None:
     """Copy a module's tensors into freshly built deltas, strictly.
 
     Raises:
         ModuleError: counts and first names of what is missing, extra or of another shape.
     """
+    make_room(built, module.tensors)
     wanted = built.tensors()
     problems = []
     for what, keys in (

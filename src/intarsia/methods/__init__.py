@@ -47,7 +47,7 @@ from intarsia.methods.rows import (
     prompt,
 )
 from intarsia.methods.side import lst
-from intarsia.methods.subset import child_tuning_f
+from intarsia.methods.subset import child_tuning_d, child_tuning_f, fish, lt_sft, rosa, shira
 from intarsia.methods.subspace import c3a, fourierft, intrinsic, lora_xs, said, svft, vera
 
 __all__ = [
@@ -67,7 +67,12 @@ __all__ = [
     "boft",
     "build",
     "c3a",
+    "child_tuning_d",
     "child_tuning_f",
+    "fish",
+    "lt_sft",
+    "rosa",
+    "shira",
     "compacter",
     "compacter_pp",
     "direft",

@@ -114,6 +114,14 @@ class GradientRule(Protocol):
         """
 
 
+@runtime_checkable
+class Phase(Protocol):
+    """What happens before a module's own training: a frozen, registered dataclass of `program.py`."""
+
+    def chooses(self) -> str:
+        """What the choice goes by, in a few words."""
+
+
 @register("policy")
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -127,6 +135,7 @@ class Policy:
         penalties: terms added to the task's loss, see `Host.penalty`.
         steps: what is done between optimiser steps.
         gradients: what is done to gradients, after clipping.
+        program: phases before the training proper that choose what it trains, see `program.py`.
         drop_layers: at every training step the lowest n ~ U{0 ... drop_layers} layers run without modules, i.e. with
             `drop_layers=n` in the call's context (AdapterDrop); see `dropped_layers`.
     """
@@ -138,6 +147,7 @@ class Policy:
     penalties: tuple[Penalty, ...] = ()
     steps: tuple[StepRule, ...] = ()
     gradients: tuple[GradientRule, ...] = ()
+    program: tuple[Phase, ...] = ()
     drop_layers: int = 0
 
 

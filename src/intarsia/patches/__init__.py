@@ -28,6 +28,7 @@ from intarsia.patches.projection import Projection
 from intarsia.patches.renorm import Renorm
 from intarsia.patches.rows import Rows
 from intarsia.patches.sketch import Sketch
+from intarsia.patches.sparse import Sparse
 from intarsia.patches.subspace import SubspaceEdit
 from intarsia.patches.tokens import Tokens
 
@@ -84,6 +85,7 @@ __all__ = [
     "Set",
     "Singular",
     "Sketch",
+    "Sparse",
     "SubspaceEdit",
     "Sum",
     "Tokens",

@@ -225,6 +225,7 @@ def put_tensors(host: Host, name: str, module: Module) -> None:
     Raises:
         TrainingError: they are not the same tensors.
     """
+    host.make_room(name, module.tensors)
     live = host.tensors(name)
     shapes = {key: tuple(tensor.shape) for key, tensor in live.items()}
     stored = {key: tuple(tensor.shape) for key, tensor in module.tensors.items()}
