@@ -1,4 +1,4 @@
-"""`read_adapterhub`: a folder written by AdapterHub's `adapters` (1.x) as a module: bottleneck adapters, LoRA, (IA)^3, flat prefixes.
+"""`read_adapterhub`: a folder written by AdapterHub's `adapters` (1.x) as a module: adapters, LoRA, (IA)^3, prefixes, ReFT, tagging heads.
 
 With h the sub-layer's output and x its skip connection, a bottleneck there is one of ours at the same place:
 
@@ -10,7 +10,8 @@ With h the sub-layer's output and x its skip connection, a bottleneck there is o
 | `residual_before_ln=False` | its own skip connection is what it reads |
 | `original_ln_after=False` behind `original_ln_before` | at the layer norm's output |
 
-What has no equal here (invertible adapters, hypercomplex layers, ReFT, prompts behind the embedding norm) is refused by name.
+Prefixes, ReFT and hypercomplex layers (Compacter) are in `adapterhub_kinds.py`.  What has no equal here (invertible adapters,
+prompts behind the embedding norm) is refused by name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from torch import Tensor
 from intarsia.errors import ModuleError, listing, nearest
 from intarsia.modules.card import Card
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Attend, Bottleneck, Concat, Const, FormSpec, Gated, LowRank, Mul, Scaled
+from intarsia.patches import Add, Affine, Bottleneck, Const, Dense, FactorSpec, FormSpec, Gated, LowRank, Mul, Scaled
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
+from intarsia.store.convert.adapterhub_kinds import HEAD_CONFIG, Reading, head, hypercomplex, prefixes, refts
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
@@ -55,10 +56,6 @@ SLOTS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{p
 ))  # fmt: skip
 ACTIVATIONS: Mapping[str | None, str] = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "tanh": "tanh",
                                          "leakyrelu": "leakyrelu", None: "identity"}  # fmt: skip
-#: sets of prefixes by our attention memories
-PREFIX_SETS: Mapping[str, tuple[str, ...]] = {"self_prefix": ("#.attn.mem", "decoder.#.attn.mem"), "encoder_prefix": ("encoder.#.attn.mem",),
-                                              "cross_prefix": ("decoder.#.xattn.mem",)}  # fmt: skip
-
 _TRAINING = {"dropout", "init_weights", "init_weights_seed", "stochastic_depth", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
              "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "factorized_phm_W", "factorized_phm_rule", "dtype",
              "bottleneck_size"}  # fmt: skip
@@ -68,34 +65,9 @@ _BOTTLENECK = {"adapter_residual_before_ln", "cross_adapter", "inv_adapter", "in
 _LORA = {"alpha", "attn_matrices", "composition_mode", "intermediate_lora", "leave_out", "output_lora", "r", "selfattn_lora", "use_dora", "use_gating",
          "vera_b", "vera_d"}  # fmt: skip
 _PREFIX = {"cross_prefix", "encoder_prefix", "flat", "leave_out", "non_linearity", "prefix_length", "shared_gating", "use_gating"}
-FIELDS: Mapping[str, set[str]] = {"bottleneck": _BOTTLENECK, "lora": _LORA, "prefix_tuning": _PREFIX}
+_REFT = {"layers", "non_linearity", "orthogonality", "output_reft", "prefix_positions", "r", "suffix_positions", "tied_weights"}
+FIELDS: Mapping[str, set[str]] = {"bottleneck": _BOTTLENECK, "lora": _LORA, "prefix_tuning": _PREFIX, "reft": _REFT}
 TOP = {"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
-
-
-@dataclass
-class _Reading:
-    name: str
-    paths: Paths
-    sites: SiteMap
-    tensors: dict[str, Tensor]
-    pieces: list[Piece] = field(default_factory=list)
-    notes: dict[str, None] = field(default_factory=dict)
-    carried: int = 0
-
-    def take(self, key: str) -> Tensor:
-        """A tensor, taken from the file's."""
-        self.carried += 1
-        return self.tensors.pop(key)
-
-    def groups(self, marker: str) -> dict[str, set[str]]:
-        """Keys with `.<marker>.<name>.` in them: what stands before it, and the leaves behind it."""
-        cut = f".{marker}.{self.name}."
-        found: dict[str, set[str]] = {}
-        for key in self.tensors:
-            before, middle, leaf = key.partition(cut)
-            if middle:
-                found.setdefault(before, set()).add(leaf)
-        return found
 
 
 def read_adapterhub(
@@ -130,7 +102,7 @@ def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, all
         raise ModuleError(f"{source}: 'config' is an object and 'name' a string, found {str(config)[:40]!r} and {adapter!r}")
     tensors = {key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()}
     modules = [key.partition(f".loras.{adapter}.")[0] for key in tensors if f".loras.{adapter}." in key]
-    reading = _Reading(adapter, Paths(sites, modules), sites, tensors)
+    reading = Reading(adapter, Paths(sites, modules), sites, tensors)
     parts = config["configs"] if config.get("architecture") == "union" else [config]
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ModuleError(f"{source}: 'configs' of a union is a list of objects")
@@ -139,19 +111,22 @@ def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, all
         raise ModuleError(f"{source}: a union of {listing(kinds)}; two of one kind cannot be told apart by their keys")
     for kind, part in zip(kinds, parts):
         _check(kind, part, source)
-        {"bottleneck": _bottlenecks, "lora": _loras, "prefix_tuning": _prefixes}[kind](reading, part)
+        {"bottleneck": _bottlenecks, "lora": _loras, "prefix_tuning": prefixes, "reft": refts}[kind](reading, part)
     if reading.tensors:
         raise ModuleError(f"{folder}: {len(reading.tensors)} tensors that its configuration does not explain: {listing(sorted(reading.tensors), 4)}")
     if not reading.pieces:
         raise ModuleError(f"{folder}: it holds no tensors of adapter {adapter!r}")
-    left_out = ["the prediction head beside it: it belongs to a model class of adapters; train a head here"] if (folder / "head_config.json").exists() else []
+    labels, left_out = head(reading, folder, allow_pickle) if (folder / HEAD_CONFIG).exists() else (None, [])
     method, ours = together("+".join(kinds), reading.pieces, source=f"adapters {version.removeprefix('adapters.')}, {'+'.join(kinds)}")
     card = Card(base=str(raw.get("model_name") or ""), method=method.name, description=f"Read from files of {version}.")
-    return Module(name or adapter, method, ours, base, card=card), Report(str(folder), "+".join(kinds), reading.carried, tuple(left_out), tuple(reading.notes))
+    module = Module(name or adapter, method, {**ours, **reading.tied}, base, labels=labels, card=card)
+    return module, Report(str(folder), "+".join(kinds), reading.carried, tuple(left_out), tuple(reading.notes))
 
 
 def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
     """Refuse methods and fields that are not understood."""
+    if kind == "prompt_tuning":
+        raise ModuleError(f"{source}: 'prompt_tuning' is not read: adapters puts the prompt behind the embedding norm and without positions, where no prompt here can stand")
     if kind not in FIELDS:
         raise ModuleError(f"{source}: architecture {kind!r} is not read{nearest(kind, FIELDS)}; read are {listing(FIELDS)}")
     known = FIELDS[kind] | _TRAINING | {"architecture"}
@@ -159,15 +134,17 @@ def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
     if unknown:
         raise ModuleError(f"{source}: {kind} has no field {listing(map(repr, unknown))}{nearest(unknown[0], known)}")
     refused = {
-        "inv_adapter": "invertible adapters at the embeddings have no place here yet", "phm_layer": "hypercomplex (Compacter) layers are not read",
+        "inv_adapter": "invertible adapters at the embeddings have no place here yet",
+        "shared_W_phm": "shared matrices of hypercomplex layers are not read",
+        "factorized_phm_rule": "factorised rules of hypercomplex layers are not read",
         "use_dora": "its DoRA scales the bias and leaves the scale out of the norm, which is another formula", "vera_d": "its VeRA is not read",
     }  # fmt: skip
     for key, reason in refused.items():
-        if config.get(key):
+        if config.get(key) and (config.get("phm_layer") or not key.endswith(("phm", "phm_rule"))):
             raise ModuleError(f"{source}: {key}={config[key]!r}: {reason}")
 
 
-def _site(reading: _Reading, slot: str) -> Site:
+def _site(reading: Reading, slot: str) -> Site:
     for pattern, site in SLOTS:
         found = pattern.fullmatch(slot)
         if found:
@@ -178,12 +155,14 @@ def _site(reading: _Reading, slot: str) -> Site:
     raise ModuleError(f"{slot}.adapters: no sub-layer is known by this path")
 
 
-def _bottlenecks(reading: _Reading, config: Mapping[str, Any]) -> None:
+def _bottlenecks(reading: Reading, config: Mapping[str, Any]) -> None:
     for slot, leaves in reading.groups("adapters").items():
         site = _site(reading, slot)
         lead = f"{slot}.adapters.{reading.name}."
         first = "adapter_down.1" if config["ln_before"] else "adapter_down.0"
-        names = {f"{first}.weight": "down.value", f"{first}.bias": "down_bias", "adapter_up.weight": "up.value", "adapter_up.bias": "up_bias"}
+        names: dict[str, str] = {}
+        if not config["phm_layer"]:
+            names = {f"{first}.weight": "down.value", f"{first}.bias": "down_bias", "adapter_up.weight": "up.value", "adapter_up.bias": "up_bias"}
         if config["ln_before"]:
             for leaf in ("weight", "bias"):
                 names[f"adapter_norm_before.{leaf}"] = f"norm_in.{leaf}"
@@ -197,10 +176,16 @@ def _bottlenecks(reading: _Reading, config: Mapping[str, Any]) -> None:
         if missing:
             raise ModuleError(f"{lead}: tensors are missing: {listing(missing)}")
         ours = {our: reading.take(lead + theirs) for theirs, our in names.items()}
-        reading.pieces.append(_bottleneck(reading, config, site, lead, ours))
+        factor: FactorSpec = Dense()
+        if config["phm_layer"]:
+            factor, products = hypercomplex(reading, config, lead, first)
+            ours |= products
+        reading.pieces.append(_bottleneck(reading, config, site, lead, ours, factor))
 
 
-def _bottleneck(reading: _Reading, config: Mapping[str, Any], site: Site, lead: str, ours: dict[str, Tensor]) -> Piece:
+def _bottleneck(
+    reading: Reading, config: Mapping[str, Any], site: Site, lead: str, ours: dict[str, Tensor], factor: FactorSpec
+) -> Piece:
     before, after, residual = config["original_ln_before"], config["original_ln_after"], config["residual_before_ln"]
     parallel, scaling = config["is_parallel"], config["scaling"]
     if residual == "post_add" or (not after and (parallel or not before or residual)):
@@ -221,8 +206,8 @@ def _bottleneck(reading: _Reading, config: Mapping[str, Any], site: Site, lead: 
         raise ModuleError("adapter_residual_before_ln under ln_after is read only without original_ln_before and with scaling 1")
     norm = {(False, False): "none", (True, False): "in", (False, True): "out", (True, True): "both"}[bool(config["ln_before"]), bool(config["ln_after"])]
     form: FormSpec = Bottleneck(
-        ours["down.value"].shape[0], activation=ACTIVATIONS[activation], read=read, dropout=float(config["dropout"]),  # type: ignore[arg-type]
-        norm=norm, residual=own,  # type: ignore[arg-type]
+        len(ours["down_bias"]), activation=ACTIVATIONS[activation], read=read, dropout=float(config["dropout"]),  # type: ignore[arg-type]
+        norm=norm, residual=own, factor=factor,  # type: ignore[arg-type]
     )  # fmt: skip
     scale = 1.0
     if config["use_gating"]:
@@ -245,7 +230,7 @@ def _bottleneck(reading: _Reading, config: Mapping[str, Any], site: Site, lead: 
     return Piece(site.name, "adapter", form, Add(scale), "out", ours)
 
 
-def _loras(reading: _Reading, config: Mapping[str, Any]) -> None:
+def _loras(reading: Reading, config: Mapping[str, Any]) -> None:
     scaled = config["composition_mode"] == "scale"
     if not scaled and config["composition_mode"] != "add":
         raise ModuleError(f"composition_mode={config['composition_mode']!r} is not read; 'add' and 'scale' are")
@@ -264,7 +249,7 @@ def _loras(reading: _Reading, config: Mapping[str, Any]) -> None:
             reading.pieces.append(_scaled(config, site, part) if scaled else _lora(config, site, part))
 
 
-def _parts(reading: _Reading, config: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> list[tuple[Site, dict[str, Tensor]]]:
+def _parts(reading: Reading, config: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> list[tuple[Site, dict[str, Tensor]]]:
     """The sites of a module and their share of its tensors; a fused projection has one share for each matrix named."""
     sites = [site for site in reading.paths.out.get(path, []) if site.view is not None]
     if not sites:
@@ -292,45 +277,3 @@ def _lora(config: Mapping[str, Any], site: Site, tensors: dict[str, Tensor]) -> 
         return Piece(site.name, "lora", form, Add(float(config["alpha"]) / rank), "out", ours)
     gate = {"gate": tensors["gate.weight"][0], "gate_bias": tensors["gate.bias"]}
     return Piece(site.name, "lora", Gated(form, masked=False), Add(), "out", {**{f"inner.{k}": t for k, t in ours.items()}, **gate})
-
-
-def _prefixes(reading: _Reading, config: Mapping[str, Any]) -> None:
-    """[P * 2 * layers * heads * size]: positions first, then key and value of layer 0, of layer 1 ..."""
-    if config["use_gating"]:
-        raise ModuleError("a gated prefix is not read")
-    length = int(config["prefix_length"])
-    copies = [key for key in reading.tensors if ".prefix_tuning.pool." in key]
-    originals = {key.rpartition("prefix_tuning.")[2]: key for key in reading.tensors if key not in copies}
-    for key in copies:
-        original = originals.get(key.partition(".prefix_tuning.pool.")[2])
-        if original is None or not torch.equal(reading.tensors[original], reading.tensors[key]):
-            raise ModuleError(f"{key} is not the copy of the model's prefix that it should be")
-        reading.take(key)
-    for which, patterns in PREFIX_SETS.items():
-        keys = [key for key in reading.tensors if f"prefix_tunings.{reading.name}.{which}." in key]
-        if not keys:
-            continue
-        memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and _like(site.name, pattern)]
-        if len(keys) != 1 or not keys[0].endswith("control_trans"):
-            raise ModuleError(f"{keys[0]}: a prefix behind a network; flatten it there (eject_prefix_tuning) and save it again")
-        if not memories:
-            raise ModuleError(f"{keys[0]}: {reading.sites.model} has no attention for it")
-        if memories[0].stack and f"{memories[0].stack}.embed.position" not in reading.sites:
-            raise ModuleError(
-                f"{keys[0]}: {reading.sites.model} has relative positions, which adapters counts from the start of the prefix and a module here from "
-                "the first token: the outputs would differ"
-            )
-        flat = reading.take(keys[0])
-        heads, size = memories[0].heads  # type: ignore[misc]
-        if flat.numel() != length * 2 * len(memories) * heads * size:
-            raise ModuleError(f"{keys[0]} has {flat.numel()} numbers; {length} positions of {len(memories)} layers need {length * 2 * len(memories) * heads * size}")
-        blocks = flat.view(length, 2 * len(memories), heads, size).permute(1, 2, 0, 3)
-        for index, site in enumerate(memories):
-            found = {"keys": blocks[2 * index].clone(), "values": blocks[2 * index + 1].clone()}
-            reading.pieces.append(Piece(site.name, "prefix", Attend(length, None, float(config["dropout"])), Concat(), "mem", found))
-
-
-def _like(name: str, pattern: str) -> bool:
-    """Whether a whole name has the form of a pattern in which # is a number."""
-    words, wanted = name.split("."), pattern.split(".")
-    return len(words) == len(wanted) and all(w == p or (p == "#" and w.isdecimal()) for w, p in zip(words, wanted))

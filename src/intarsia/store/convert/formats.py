@@ -59,9 +59,12 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
         Format("PREFIX_TUNING", "prefix", "prefix", "tensors", "one stack; peft moves positions, reported"),
     ),
     "AdapterHub": (
-        Format("bottleneck", "adapters", "adapters", "outputs", "no invertible adapters"),
+        Format("bottleneck", "adapters, Compacter, PHM", "adapters", "outputs", "no invertible adapters; Compacter is not written"),
         Format("lora", "LoRA, (IA)^3", "LoRA at q, k, v", "outputs", "DoRA and VeRA have other formulas there: refused"),
-        Format("prefix_tuning", "prefix", "", "outputs", "no gate; relative positions (T5): refused"),
+        Format("prefix_tuning", "prefix, plain or with its network", "", "outputs", "no gate; relative positions (T5): refused"),
+        Format("reft", "LoReFT, NoReFT", "", "outputs", "DiReFT is stored as NoReFT, reported; T5's decoder: prompt only, reported"),
+        Format("prompt_tuning", "", "", "tensors", "refused: the prompt stands behind the embedding norm, without positions"),
+        Format("heads", "tagging heads of one layer", "", "outputs", "others are left out and reported"),
     ),
     "composable-sft": (
         Format("sparse difference", "changes of entries, heads", "changes of whole parameters, heads", "outputs", "a pickle, by permission; heads need weights="),
@@ -74,6 +77,6 @@ def table() -> str:
     lines: list[str] = []
     for peer, rows in FORMATS.items():
         lines += [f"## {peer}", "", "| kind | read as | written from | reading checked by | limits |", "|---|---|---|---|---|"]
-        lines += [f"| `{row.kind}` | {row.reads or '-'} | {row.writes or '-'} | {row.check} | {row.limits} |" for row in rows]
+        lines += [f"| `{row.kind}` | {row.reads or '-'} | {row.writes or '-'} | {row.check if row.reads else '-'} | {row.limits} |" for row in rows]
         lines.append("")
     return "\n".join([*lines, "Checks: " + "; ".join(f"*{name}*: {text}" for name, text in CHECKS.items()) + "."])

@@ -1,0 +1,236 @@
+"""AdapterHub's prefixes, ReFT, hypercomplex layers and heads: their tensors as ours.
+
+| theirs | ours |
+|---|---|
+| `control_trans` [P * 2 L H d]; behind a network `wte`, `control_trans.0` (tanh), `.2` | `Attend`; its network, with the last map cut by layer |
+| x sum_i kron(R_i, W_left_i W_right_i) (Compacter) | `Kron` of the transposes, since x stands on the left there |
+| h + R^T (W h + b - R h) at the first and last tokens | `SubspaceEdit`; an orthogonal R is made once from torch's parametrisation |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.errors import ModuleError, listing
+from intarsia.patches import Add, Attend, Concat, Head, Kron, Replace, SubspaceEdit
+from intarsia.sites.address import Site, SiteMap
+from intarsia.store.convert.folder import as_float, read_config, read_tensors
+from intarsia.store.convert.paths import Paths
+from intarsia.store.convert.pieces import Piece
+
+HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
+#: sets of prefixes by our attention memories
+PREFIX_SETS: Mapping[str, tuple[str, ...]] = {"self_prefix": ("#.attn.mem", "decoder.#.attn.mem"), "encoder_prefix": ("encoder.#.attn.mem",),
+                                              "cross_prefix": ("decoder.#.xattn.mem",)}  # fmt: skip
+#: where edits hang, by what stands in front of `.reft_layer.refts.NAME.`: our block
+_BLOCKS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
+    (r"encoder\.layer\.(\d+)", "{}"), (r"(?:h|layers)\.(\d+)", "{}"), (r"(encoder|decoder)\.(?:block|layers)\.(\d+)", "{}.{}"),
+))  # fmt: skip
+_NETWORK = ("wte.weight", "control_trans.0.weight", "control_trans.0.bias", "control_trans.2.weight", "control_trans.2.bias")
+_STORED_DIREFT = "the file does not say whether R h is subtracted (DiReFT does not): read as adapters itself reads it, with the subtraction"
+
+
+@dataclass
+class Reading:
+    """A file while it is being read.
+
+    Attributes:
+        tied: tensors that all sites share, by our key.
+    """
+
+    name: str
+    paths: Paths
+    sites: SiteMap
+    tensors: dict[str, Tensor]
+    pieces: list[Piece] = field(default_factory=list)
+    tied: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+    carried: int = 0
+
+    def take(self, key: str) -> Tensor:
+        """A tensor, taken from the file's."""
+        self.carried += 1
+        return self.tensors.pop(key)
+
+    def groups(self, marker: str) -> dict[str, set[str]]:
+        """Keys with `.<marker>.<name>.` in them: what stands before it, and the leaves behind it."""
+        cut = f".{marker}.{self.name}."
+        found: dict[str, set[str]] = {}
+        for key in self.tensors:
+            before, middle, leaf = key.partition(cut)
+            if middle:
+                found.setdefault(before, set()).add(leaf)
+        return found
+
+
+def prefixes(reading: Reading, config: Mapping[str, Any]) -> None:
+    """All prefixes of a file, plain or behind a network."""
+    if config["use_gating"]:
+        raise ModuleError("a gated prefix is not read")
+    length = int(config["prefix_length"])
+    copies = [key for key in reading.tensors if ".prefix_tuning.pool." in key]
+    originals = {key.partition("prefix_tuning.")[2]: key for key in reading.tensors if key not in copies}
+    for key in copies:
+        original = originals.get(key.partition(".prefix_tuning.pool.")[2])
+        if original is None or not torch.equal(reading.tensors[original], reading.tensors[key]):
+            raise ModuleError(f"{key} is not the copy of the model's prefix that it should be")
+        reading.take(key)
+    for which, patterns in PREFIX_SETS.items():
+        mark = f"prefix_tunings.{reading.name}.{which}."
+        keys = {key.partition(mark)[2]: key for key in reading.tensors if mark in key}
+        if not keys:
+            continue
+        memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and _like(site.name, pattern)]
+        if not memories:
+            raise ModuleError(f"{mark}*: {reading.sites.model} has no attention for it")
+        if memories[0].stack and f"{memories[0].stack}.embed.position" not in reading.sites:
+            raise ModuleError(
+                f"{mark}*: {reading.sites.model} has relative positions, which adapters counts from the start of the prefix and a module here from "
+                "the first token: the outputs would differ"
+            )
+        tensors = {leaf: reading.take(key) for leaf, key in keys.items()}
+        if set(tensors) == {"control_trans"}:
+            _flat(reading, tensors["control_trans"], memories, length, float(config["dropout"]), mark)
+        elif set(tensors) == set(_NETWORK):
+            _network(reading, tensors, memories, length, config, mark)
+        else:
+            raise ModuleError(f"{mark}*: expected control_trans or {listing(_NETWORK, 5)}, found {listing(sorted(tensors), 5)}")
+
+
+def _flat(reading: Reading, flat: Tensor, memories: Sequence[Site], length: int, dropout: float, mark: str) -> None:
+    """[P * 2 * layers * heads * size]: positions first, then key and value of layer 0, of layer 1 ..."""
+    heads, size = memories[0].heads  # type: ignore[misc]
+    wanted = length * 2 * len(memories) * heads * size
+    if flat.numel() != wanted:
+        raise ModuleError(f"{mark}control_trans has {flat.numel()} numbers; {length} positions of {len(memories)} layers need {wanted}")
+    blocks = flat.view(length, 2 * len(memories), heads, size).permute(1, 2, 0, 3)
+    for index, site in enumerate(memories):
+        found = {"keys": blocks[2 * index].clone(), "values": blocks[2 * index + 1].clone()}
+        reading.pieces.append(Piece(site.name, "prefix", Attend(length, None, dropout), Concat(), "mem", found))
+
+
+def _network(
+    reading: Reading, tensors: Mapping[str, Tensor], memories: Sequence[Site], length: int, config: Mapping[str, Any], mark: str
+) -> None:
+    """The rows of the last map belong to the layers in order: 2 * heads * size each."""
+    if config["non_linearity"] != "tanh":
+        raise ModuleError(f"{mark}*: a prefix behind {config['non_linearity']!r}; only tanh is read")
+    embedding, inner, inner_bias, last, last_bias = (tensors[name] for name in _NETWORK)
+    heads, size = memories[0].heads  # type: ignore[misc]
+    each, mid = 2 * heads * size, inner.shape[0]
+    if len(embedding) != length or tuple(last.shape) != (each * len(memories), mid):
+        raise ModuleError(f"{mark}*: {tuple(embedding.shape)} and {tuple(last.shape)} are not {length} positions of {len(memories)} layers")
+    form = Attend(length, mid, float(config["dropout"]))
+    words = memories[0].name.split(".")
+    lead = "tied/" + ".".join(word for word in ("prefix", memories[0].stack, words[-2]) if word)
+    reading.tied |= {f"{lead}.embedding": embedding, f"{lead}.weight": inner, f"{lead}.bias": inner_bias}
+    for index, site in enumerate(memories):
+        rows = slice(index * each, (index + 1) * each)
+        reading.pieces.append(Piece(site.name, "prefix", form, Concat(), "mem", {"weight": last[rows].clone(), "bias": last_bias[rows].clone()}))
+
+
+def _like(name: str, pattern: str) -> bool:
+    """Whether a whole name has the form of a pattern in which # is a number."""
+    words, wanted = name.split("."), pattern.split(".")
+    return len(words) == len(wanted) and all(w == p or (p == "#" and w.isdecimal()) for w, p in zip(words, wanted))
+
+
+def hypercomplex(reading: Reading, config: Mapping[str, Any], lead: str, first: str) -> tuple[Kron, dict[str, Tensor]]:
+    """The Kronecker factors of one adapter; a shared rule goes to the module's root."""
+    shared, low = bool(config["shared_phm_rule"]), bool(config["factorized_phm_W"])
+    n = int(config["phm_dim"])
+    ours: dict[str, Tensor] = {}
+    for theirs, side in ((first, "down"), ("adapter_up", "up")):
+        ours[f"{side}_bias"] = reading.take(f"{lead}{theirs}.b")
+        if low:
+            ours[f"{side}.up"] = reading.take(f"{lead}{theirs}.W_right").transpose(1, 2).contiguous()
+            ours[f"{side}.down"] = reading.take(f"{lead}{theirs}.W_left").transpose(1, 2).contiguous()
+        else:
+            ours[f"{side}.up"] = reading.take(f"{lead}{theirs}.W").transpose(1, 2).contiguous()
+        if not shared:
+            ours[f"{side}.rule.left"] = reading.take(f"{lead}{theirs}.phm_rule").transpose(1, 2).contiguous()
+    key = f"tied/kron.{n}.left"
+    if shared and key not in reading.tied:
+        rules = [name for name in reading.tensors if name.endswith(f"shared_parameters.{reading.name}.phm_rule")]
+        if len(rules) != 1:
+            raise ModuleError(f"{lead}*: the file has {len(rules)} shared phm_rule, one is needed (adapters drops it for models without a head class)")
+        reading.tied[key] = reading.take(rules[0]).transpose(1, 2).contiguous()
+    return Kron(n, int(config["phm_rank"]) if low else None, shared), ours
+
+
+def refts(reading: Reading, config: Mapping[str, Any]) -> None:
+    """All edits of a file."""
+    first, last, tied = int(config["prefix_positions"]), int(config["suffix_positions"]), bool(config["tied_weights"])
+    if config["non_linearity"] is not None or not config["output_reft"]:
+        raise ModuleError(f"reft with non_linearity={config['non_linearity']!r}, output_reft={config['output_reft']!r} is not read")
+    form = SubspaceEdit(int(config["r"]), first, last, tied=tied, orthonormal=bool(config["orthogonality"]), dropout=float(config["dropout"]))
+    for slot in reading.groups("reft_layer.refts"):
+        site, lead = _block(reading, slot), f"{slot}.reft_layer.refts.{reading.name}.units."
+        units = {"edit": 0} if tied else {"first": 0, "last": 1}
+        ours: dict[str, Tensor] = {}
+        for name, number in units.items():
+            found = {
+                f"units.{name}.source": reading.take(f"{lead}{number}.learned_source.weight"),
+                f"units.{name}.bias": reading.take(f"{lead}{number}.learned_source.bias"),
+                f"units.{name}.projection": _projection(reading, f"{lead}{number}.projection", form.orthonormal),
+            }
+            if name in form.names():
+                ours |= found
+            else:
+                reading.notes["an edit of no position (prefix_positions or suffix_positions is 0) is dropped"] = None
+        reading.pieces.append(Piece(site.name, "edit", form, Add(), "out", ours))
+    if any(site.stack == "decoder" for site in reading.sites.values()):
+        reading.notes["adapters edits the first tokens of the decoder's text; here only those of its prompt, so outputs differ behind the start token"] = None
+    if not form.orthonormal:
+        reading.notes[_STORED_DIREFT] = None
+
+
+def _projection(reading: Reading, lead: str, orthogonal: bool) -> Tensor:
+    """R [r, d]."""
+    if not orthogonal:
+        return reading.take(f"{lead}.weight")
+    state = {name: reading.take(f"{lead}.{name}") for name in ("parametrizations.weight.original", "parametrizations.weight.0.base")}
+    rank, width = state["parametrizations.weight.original"].shape
+    made = nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
+    made.load_state_dict(state)
+    return made.weight.detach().clone()
+
+
+def _block(reading: Reading, slot: str) -> Site:
+    for pattern, site in _BLOCKS:
+        found = pattern.fullmatch(slot)
+        if found:
+            name = site.format(*found.groups())
+            if name not in reading.sites:
+                raise ModuleError(f"{slot} would be {name}, which {reading.sites.model} lacks; is this the model it was trained on?")
+            return reading.sites[name]
+    raise ModuleError(f"{slot}.reft_layer: no block is known by this path")
+
+
+def head(reading: Reading, folder: Path, allow_pickle: bool) -> tuple[tuple[str, ...] | None, list[str]]:
+    """A linear tagging head becomes one of ours; others are left out, with the reason."""
+    raw = read_config(folder, HEAD_CONFIG)
+    config = raw.get("config") or {}
+    kind, layers = config.get("head_type"), config.get("layers")
+    if kind != "tagging" or layers != 1:
+        what = f"{kind} with {layers} layers" if kind else "of a model class of transformers"
+        return None, [f"the prediction head beside it ({what}): heads here are linear maps, and only tagging heads of one layer are read; train a head here"]
+    names = config.get("label2id") or {}
+    labels = tuple(sorted(names, key=lambda name: int(names[name])))
+    lead = f"heads.{raw.get('name')}.1."
+    tensors = {key: as_float(t) for key, t in read_tensors(folder, HEAD_WEIGHTS, HEAD_PICKLE, allow_pickle).items()}
+    if set(tensors) != {f"{lead}weight", f"{lead}bias"} or len(tensors[f"{lead}bias"]) != len(labels):
+        raise ModuleError(f"{folder}: a tagging head of {len(labels)} labels has {lead}weight and .bias of that size, found {listing(sorted(tensors), 4)}")
+    dropout = config.get("dropout_prob")
+    form = Head(labels, "token", dropout=0.1 if dropout is None else float(dropout), standardise=False)
+    ours = {leaf: tensors[lead + leaf] for leaf in ("weight", "bias")}
+    reading.pieces.append(Piece("logits", "head", form, Replace(), "logits", ours, "head"))
+    reading.carried += 2
+    return labels, []
