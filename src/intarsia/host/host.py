@@ -242,8 +242,8 @@ class Host:
         built = self._build(module.method, 0)
         fill(built, module)
         entry = Entry(
-            module.method, built, module.labels, module.roles, module.requires, module.context, module.card
-        )
+            module.method, built, module.labels, dict(module.roles), module.requires, dict(module.context), module.card
+        )  # plain dictionaries: the record is deep-copied and pickled with the model, which a read-only view cannot be
         self._put(name, entry)
         for parameter in built.parameters().values():
             parameter.requires_grad_(False)
