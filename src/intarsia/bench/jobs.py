@@ -148,9 +148,9 @@ class Results:
         return found
 
     def done(self) -> set[tuple[object, ...]]:
-        """Keys of the jobs that are in the file."""
+        """Keys of the jobs that are in the file; one that failed is not done."""
         names = list(Job.__dataclass_fields__)
-        return {tuple(line.get(name) for name in names) for line in self.read()}
+        return {tuple(line.get(name) for name in names) for line in self.read() if "failed" not in line}
 
     def add(self, job: Job, values: dict[str, object]) -> None:
         """Append a line and see it on the disk."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from intarsia.bench.jobs import Job
+
 Line = Mapping[str, Any]
 REFERENCE = "head"
 
@@ -32,6 +34,8 @@ intarsia bench learn --results learn.jsonl --table measured.md
 def write(lines: Sequence[Line], path: Path) -> None:
     """Write the page, and beside it the picture of the curve if there is more than one number of examples."""
     parts = [HEAD]
+    last = {tuple(line.get(name) for name in Job.__dataclass_fields__): line for line in lines}  # a job that failed and was run again
+    lines = list(last.values())
     machines = sorted({str(line["on"]) for line in lines if "on" in line})
     if machines:
         parts.append("Measured on: " + "; ".join(machines) + ".\n")

@@ -15,7 +15,7 @@ from intarsia.errors import IntarsiaError
 if TYPE_CHECKING:
     from intarsia.methods import Method
 
-_SIZES: tuple[dict[str, int], ...] = (
+_SIZES: tuple[dict[str, Any], ...] = (
     {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
     {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 768},
 )

@@ -210,7 +210,7 @@ class Attachment:
             socket = self.child(module, "seq", SequenceSocket(self.state, site, keep=two_stacks))
             self.record.hooks.append(module.register_forward_pre_hook(socket.before, with_kwargs=True, prepend=True))
             if module is self.model:  # a model without a task head: heads must see the mask that the caller gave
-                hooks = module._forward_pre_hooks
+                hooks: Any = module._forward_pre_hooks
                 hooks.move_to_end(next(k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self.root), last=False)
             # before any hook that reads the stack's output
             self.record.hooks.append(module.register_forward_hook(socket.after, prepend=True))

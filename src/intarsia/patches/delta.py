@@ -228,7 +228,7 @@ class Delta(nn.Module):
         """
         enter = getattr(self.op, "enter", None)
         found = None if enter is None else enter(h, self.form, seen, fresh)
-        return found if found is not None else h + self(h, seen)  # type: ignore[no-any-return]
+        return found if found is not None else h + self(h, seen)
 
     def fold(self, base: Linear) -> Linear | WhyNot:
         """Change of the affine map of the touched module; `base` is that map as it is now."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from intarsia.compose import Expr, Ref, expr, names
 from intarsia.data import Table
 from intarsia.errors import DataError, TrainingError, UsageError, listing, nearest
 from intarsia.host import Host
+from intarsia.methods.program import Explore
 from intarsia.modules import Module, load, save
 from intarsia.train import checkpoint as checkpoints
 from intarsia.train import record as records
@@ -36,6 +39,7 @@ from intarsia.train.describe import described
 from intarsia.train.evaluation import distributed
 from intarsia.train.frozen import Frozen, restored
 from intarsia.train.lock import locked
+from intarsia.train.program import choose
 from intarsia.train.progress import Progress, Quiet
 from intarsia.train.rates import rates
 from intarsia.train.recipe import Recipe
@@ -44,6 +48,7 @@ from intarsia.train.signals import Interrupted, Stop, stopping
 from intarsia.train.task import Features, Task
 
 MODULE = "module.safetensors"
+EXPLORE = "explore"
 
 
 @dataclass(frozen=True)
@@ -211,12 +216,16 @@ def _train(
         notes.append(f"dev data: {_sentence(task.counts)}")
     per_epoch = -(-len(features) // recipe.batch_size)
     total = recipe.max_steps or max(1, math.ceil(recipe.epochs * per_epoch - 1e-9))
+    program = host.method(name).policy.program
+    explored = {phase: round(phase.share * total) for phase in program if isinstance(phase, Explore)}
+    total = max(1, total - sum(explored.values()))
     device = host.model.device
     with tempfile.TemporaryDirectory(prefix="intarsia-") as spare:  # the Trainer wants a folder and writes nothing there
         args = arguments(recipe, device, total, spare)
         main = args.process_index == 0
         plan = _plan(host, name, task, train_table, dev_table, recipe, expression, total, args.world_size)
-        found = _resumed(folder, plan, progress) if resume and folder is not None else None
+        begun = folder is not None and (not program or (folder / checkpoints.FOLDER).is_dir())
+        found = _resumed(folder, plan, progress) if resume and folder is not None and begun else None
         if found is not None:
             put_tensors(host, name, found.module())
         record = records.Record(folder if main else None, _facts(host, name, plan, recipe, device, args.world_size, config, resume, folder))
@@ -227,6 +236,11 @@ def _train(
         for note in notes:
             run.progress.note(note)
         if found is None:
+            if program:
+                record.write(status="running")
+                explore = partial(_explore, host, task, train_table, recipe, folder, explored, run.progress)
+                for phase, count in choose(host, name, task, features, expression, recipe.seed, explore).items():
+                    run.progress.note(f"{phase}: {count:,} entries of the base chosen")
             rng.seed_all("calibrate", recipe.seed)
             calibrate(host, name, task, features, expression=expression, rows=recipe.calibration_rows, seed=recipe.seed,
                       batch_size=recipe.eval_batch_size)  # fmt: skip
@@ -259,6 +273,34 @@ def _train(
         how = f"intarsia train --resume {folder}" if folder is not None else "nothing was saved, there is no run directory"
         raise Interrupted(f"stopped by a signal after step {steps} of {total}; to go on: {how}", stop.received)
     return _finish(host, name, task, train_table, dev_table, recipe, folder if main else None, expression, run, steps, device)
+
+
+def _explore(
+    host: Host,
+    task: Task,
+    table: Table,
+    recipe: Recipe,
+    folder: Path | None,
+    count: Mapping[Explore, int],
+    progress: Progress,
+    twin: str,
+    expression: Expr,
+    phase: Explore,
+) -> None:
+    """Train the twin of a module as a run of its own, in a folder below the module's, which can be resumed by itself."""
+    below = None if folder is None else folder / EXPLORE
+    facts = None if below is None else records.read_run(below)
+    if below is not None and facts is not None and facts.get("status") != "finished" and not (below / checkpoints.FOLDER).is_dir():
+        shutil.rmtree(below)  # killed before its first checkpoint: nothing to go on from
+        facts = None
+    recipe = replace(recipe, max_steps=max(1, count[phase]), learning_rate=phase.learning_rate, select_best=False)
+    try:
+        result = train(host, twin, task, table, recipe=recipe, run_dir=below, expression=expression, progress=progress,
+                       resume=facts is not None)  # fmt: skip
+    except Interrupted as stop:
+        how = f"intarsia train --resume {folder}" if folder is not None else "nothing was saved, there is no run directory"
+        raise Interrupted(f"stopped by a signal while exploring; to go on: {how}", stop.exit_code - 128) from None
+    put_tensors(host, twin, result.module)  # a finished run gives its result from its file
 
 
 def _features(task: Task, table: Table, what: str) -> Sequence[Features]:
@@ -379,6 +421,7 @@ def _finish(
         save(module, path)
         _draw(folder, run, name, task)
         checkpoints.remove(folder)
+        shutil.rmtree(folder / EXPLORE, ignore_errors=True)
     result = Result(
         module, tuple(run.record.history), run.metrics, run.seconds, steps, run.best_step or steps, tuple(run.warnings), path
     )

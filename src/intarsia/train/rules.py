@@ -32,9 +32,18 @@ class Rules:
         self.memory: list[dict[str, Tensor]] = [{} for _ in self.policy.steps]
         self._due = False
 
-    def begin_step(self) -> None:
-        """A new optimiser step: its penalty is due with the first piece."""
+    def begin_step(self, step: int) -> None:
+        """A new optimiser step: its penalty is due with the first piece, and rules that watch it are told."""
         self._due = True
+        for rule, memory in zip(self.policy.steps, self.memory):
+            begin = getattr(rule, "begin", None)
+            if begin is not None:
+                begin(step, self.host.forms(self.name), memory)
+
+    @property
+    def settled(self) -> int:
+        """The first step whose tensors have the form that the policy ends with."""
+        return max((rule.settled(self.total) for rule in self.policy.steps if hasattr(rule, "settled")), default=0)
 
     def penalty(self) -> Tensor | None:
         """The terms that the method adds to the loss, [], once per step on every process: gradients are averaged over these."""
@@ -56,7 +65,7 @@ class Rules:
         """Change tensors after the optimiser, before gradients are cleared."""
         forms: Mapping[str, Form] = self.host.forms(self.name) if self.policy.steps else {}
         for rule, memory in zip(self.policy.steps, self.memory):
-            rule.after_step(step, self.total, forms, memory)
+            rule.after_step(step, self.total, forms, memory, optimiser.state)
 
     def _parameters(self) -> Mapping[str, Any]:
         return self.host.parameters(self.name)

@@ -138,7 +138,7 @@ class Run:
         value = metrics[metric]["value"]
         only = only_answer(found.predictions) if len(self.host.labels(self.name) or ()) > 1 else None
         self.last = {"step": step, "value": value, "metrics": metrics, "only": only}
-        if self._better(value):
+        if step >= trainer.rules.settled and self._better(value):
             self.best, self.without_gain = self.last, 0
             if self.recipe.select_best:
                 self.best_module = self.host.extract(self.name)

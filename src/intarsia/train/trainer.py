@@ -227,7 +227,7 @@ class ModuleTrainer(Trainer):
         micros = list(itertools.islice(epoch_iterator, num_batches))
         self._rows = tuple(row for micro in micros if micro.counts for row in micro.rows)
         terms = sum(micro.terms for micro in micros)
-        self.rules.begin_step()
+        self.rules.begin_step(self.state.global_step + 1)
         self.step_module.more = self.rules.context(self.state.global_step + 1)
         received = self.stop.received
         if self.args.world_size > 1:
