@@ -23,7 +23,7 @@ from intarsia.errors import IntarsiaError, SiteError, SpecError
 from intarsia.host import Host
 from intarsia.methods import METHODS
 from intarsia.modules import save
-from intarsia.train import Recipe, train
+from intarsia.train import Interrupted, Recipe, train
 from intarsia.train.record import machine, now, versions
 
 LENGTH = 64
@@ -147,6 +147,8 @@ def run(jobs: Iterator[Job], data: Path, results: Results, say: Callable[[str], 
             continue
         try:
             values = run_job(job, data)
+        except Interrupted:
+            raise  # a signal ends the run, not one job
         except (IntarsiaError, RuntimeError, TypeError, ValueError) as error:  # one method's fault must not cost the others
             values = {"failed": f"{type(error).__name__}: {error}"}
         results.add(job, values)
