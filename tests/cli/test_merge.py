@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from intarsia import bases
-from intarsia.cli import merge as verb
+from intarsia.cli import folding
+from intarsia.cli.merge import HOW
 from intarsia.errors import BaseError
 from intarsia.host import Host
 from intarsia.methods import build
@@ -76,7 +77,7 @@ def test_the_checkpoint_is_what_the_expression_does(cli: Here, room: Path, tmp_p
     want = expected(room, expression, *names)
     assert not torch.allclose(want, expected(room, "base"), atol=1e-3), "the expression does nothing"
     torch.testing.assert_close(by_transformers(tmp_path / "new"), want, atol=2e-5, rtol=1e-5)
-    assert 0 <= result["mean_difference"] <= result["largest_difference"] < 1e-4 and result["probes"] == len(verb.SENTENCES)
+    assert 0 <= result["mean_difference"] <= result["largest_difference"] < 1e-4 and result["probes"] == len(folding.SENTENCES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
     card = (tmp_path / "new" / "README.md").read_text("utf-8")
     assert "expression" in card and names[0] in card and "swh" in card
@@ -87,7 +88,7 @@ def test_a_head_is_left_out_and_said(cli: Here, room: Path, tmp_path: Path) -> N
     assert "the head of headed" in done.err and "differ by" in done.out
     body = replace(load(room / "headed.safetensors"), name="body")
     loaded = bases.load(room / "base")
-    host = Host(loaded.model, tokenizer=loaded.tokenizer).insert(verb.without_head(body))
+    host = Host(loaded.model, tokenizer=loaded.tokenizer).insert(folding.without_head(body))
     with host.using("body"):
         torch.testing.assert_close(by_transformers(tmp_path / "new"), logits(host.model, loaded.tokenizer), atol=2e-5, rtol=1e-5)
 
@@ -118,8 +119,8 @@ def test_a_quantised_base_is_refused_by_name() -> None:
     for config, word in (({"quant_method": "bitsandbytes"}, "bitsandbytes"), (SimpleNamespace(quant_method="gptq"), "gptq")):
         loaded = SimpleNamespace(name="small-4bit", model=SimpleNamespace(config=SimpleNamespace(quantization_config=config)))
         with pytest.raises(BaseError, match=rf"small-4bit is quantised \({word}\)"):
-            verb.refuse_quantised(loaded)  # type: ignore[arg-type]
-    verb.refuse_quantised(SimpleNamespace(name="plain", model=SimpleNamespace(config=SimpleNamespace())))  # type: ignore[arg-type]
+            folding.refuse_quantised(loaded)  # type: ignore[arg-type]
+    folding.refuse_quantised(SimpleNamespace(name="plain", model=SimpleNamespace(config=SimpleNamespace())))  # type: ignore[arg-type]
 
 
 def test_tied_embeddings_stay_tied_and_a_change_of_one_side_is_refused(cli: Here, room: Path, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_to_a_module(cli: Here, room: Path, tmp_path: Path) -> None:
     equal(load(tmp_path / "ties"), ties([a, b], 0.5))
 
 
-@pytest.mark.parametrize("how", verb.HOW)
+@pytest.mark.parametrize("how", HOW)
 def test_every_way_of_merging_writes_a_module(cli: Here, room: Path, tmp_path: Path, how: str) -> None:
     settings = {"dare": ["--set", "drop=0.5"], "magnitude": ["--set", "keep=0.5"], "svd": ["--rank", "2"]}.get(how, [])
     cli("merge", "a + b", *given(room, "a", "b"), "--to-module", str(tmp_path / "m.safetensors"), "--how", how, *settings).ok()

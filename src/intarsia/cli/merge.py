@@ -1,12 +1,8 @@
-"""`intarsia merge`: an expression folded into a plain transformers checkpoint, or modules merged into one module.
-
-The checkpoint is written beside its place, loaded again and compared with the expression before it gets its name.
-"""
+"""`intarsia merge`: an expression folded into a plain transformers checkpoint (`folding.py`), or modules merged into one module."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +12,12 @@ import typer
 
 from intarsia.cli.console import Console, size_text
 from intarsia.cli.options import AllowNetwork, parse_values
-from intarsia.cli.placing import check_free, new_folder
-from intarsia.cli.running import BaseName, ForceBase, Modules, base_of, module_files
+from intarsia.cli.placing import check_free
+from intarsia.cli.running import BaseName, ForceBase, Modules, module_files
 from intarsia.cli.verb import verb
-from intarsia.errors import BaseError, CompositionError, DataError, ModuleError, UsageError, listing, nearest
+from intarsia.errors import CompositionError, UsageError, listing, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from intarsia.bases import Base
     from intarsia.compose import Expr
     from intarsia.modules import Module
 
@@ -40,14 +32,6 @@ Head = Annotated[str | None, typer.Option("--head", help="With --to-module: the 
 Probe = Annotated[Path | None, typer.Option("--probe", help="Texts to compare on, one a line; else a few built-in sentences.")]
 Tolerance = Annotated[float, typer.Option("--tolerance", help="Largest difference allowed, as a share of the largest output.")]
 
-#: what checkpoint and expression are compared on
-SENTENCES = (
-    "The library opens at nine and closes before dark.",
-    "Watoto wanacheza mpira nje ya nyumba.",
-    "¿Cuánto cuesta este libro? Ocho euros.",
-    "Der Zug nach Basel hat 25 Minuten Verspätung.",
-)
-MAX_PROBES = 256
 HOW = ("weighted", "average", "ties", "dare", "magnitude", "svd", "union")
 
 
@@ -85,7 +69,9 @@ def merge(
     if out is not None:
         if any(value is not None for value in (how, rank, how_set, name, head)):
             raise UsageError("--how, --rank, --set, --name and --head shape a module; give them with --to-module")
-        _checkpoint(console, parsed, files, base, out, probe, tolerance, force_base=force_base, allow_network=allow_network)
+        from intarsia.cli.folding import checkpoint
+
+        checkpoint(console, parsed, files, base, out, probe, tolerance, force_base=force_base, allow_network=allow_network)
     elif to_module is not None:
         if base is not None or probe is not None or force_base:
             raise UsageError("--to-module calculates with modules alone; --base, --probe and --force-base are for --out")
@@ -109,152 +95,6 @@ def chosen_files(parsed: Expr, given: Sequence[str] | None) -> dict[str, str]:
     if unused:
         raise CompositionError(f"the expression does not name {listing(unused)}; leave out --module for it, or name it")
     return {name: files[name] for name in order}
-
-
-# -- a checkpoint ----------------------------------------------------------------------------------------------------------
-
-
-def _checkpoint(
-    console: Console, parsed: Expr, files: Mapping[str, str], base: str | None, out: Path, probe: Path | None, tolerance: float,
-    *, force_base: bool, allow_network: bool,
-) -> None:  # fmt: skip
-    from intarsia import bases
-    from intarsia.host import Host
-    from intarsia.modules import load
-    from intarsia.modules.derived import derived_card
-
-    check_free(out)
-    texts = probe_texts(probe)
-    modules = [load(path, name=name) for name, path in files.items()]
-    headless = [without_head(module) for module in modules]
-    dropped = [module.name for module in modules if module.method.head is not None]
-    if dropped:
-        console.warn(f"the head of {listing(dropped)} is no change of the base's weights and is left out; keep the module file for it")
-    loaded = bases.load(base or base_of(files), allow_network=allow_network)
-    refuse_quantised(loaded)
-    host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    for module in headless:
-        host.insert(module, force_base=force_base)
-    if reason := host.why_not_foldable(parsed):
-        raise CompositionError(f"{parsed} cannot become part of the weights: {reason}. Keep it as modules: intarsia predict --expr")
-    with host.using(parsed):
-        wanted = outputs(loaded.model, loaded.tokenizer, texts)
-    folded = host.fold(parsed)
-    with new_folder(out) as folder:
-        folded.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-        card = derived_card(modules, "merge", {"expression": str(parsed), "base": loaded.name})
-        (folder / "README.md").write_text(card.to_markdown(), "utf-8")
-        del folded
-        again = bases.load(folder)
-        largest, mean, scale = difference(wanted, outputs(again.model, again.tokenizer, texts))
-        if not largest <= tolerance * max(scale, 1.0):
-            raise ModuleError(
-                f"the checkpoint read back differs from the expression by {largest:.3g} (outputs up to {scale:.3g}, allowed "
-                f"{tolerance:g} of it), so it is not kept; --tolerance allows more, e.g. for a base in half precision"
-            )
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    payload = {
-        "out": str(out), "expression": str(parsed), "base": loaded.name, "bytes": size, "heads_left_out": dropped, "probes": len(texts),
-        "largest_difference": largest, "mean_difference": mean, "largest_output": scale,
-    }  # fmt: skip
-
-    def human() -> None:
-        console.line(f"wrote {out}: {loaded.name} with {parsed} inside, {size_text(size)}; loads with transformers alone")
-        console.line(f"  {'logits' if wanted and wanted[0].logits else 'hidden states'} differ by {largest:.2e} at most, {mean:.2e} on average ({len(texts)} texts, outputs up to {scale:.3g})")
-
-    console.result(payload, human)
-
-
-def refuse_quantised(loaded: Base) -> None:
-    """Refuse a base whose weights are packed: adding to them would round them again.
-
-    Raises:
-        BaseError: names the way it is quantised.
-    """
-    config = getattr(loaded.model.config, "quantization_config", None)
-    if config is None and not getattr(loaded.model, "is_quantized", False):
-        return
-    found = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-    kind = getattr(found.get("quant_method"), "value", found.get("quant_method")) or "an unnamed method"
-    raise BaseError(
-        f"base {loaded.name} is quantised ({kind}): a change cannot be added to packed weights exactly. Merge into the base it was "
-        "made from and quantise the result, or keep the modules beside it"
-    )
-
-
-def without_head(module: Module) -> Module:
-    """The module without its head: what it changes in the base."""
-    head = module.method.head
-    if head is None:
-        return module
-    patches = tuple(patch for patch in module.method.patches if patch.port != "logits")
-    if not patches:
-        raise CompositionError(f"{module.name!r} is a head alone: it changes nothing in the base, so there is nothing to merge")
-    dropped = {patch.name for patch in module.method.patches} - {patch.name for patch in patches}
-    tensors = {k: t for k, t in module.tensors.items() if k.partition("/")[2].partition(".")[0] not in dropped}
-    return replace(module, method=replace(module.method, patches=patches), tensors=tensors, labels=None)
-
-
-def probe_texts(file: Path | None) -> list[str]:
-    """The texts to compare on.
-
-    Raises:
-        DataError: the file cannot be read, is no UTF-8, has no text or too many.
-    """
-    if file is None:
-        return list(SENTENCES)
-    try:
-        found = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--probe {file}: {error}") from error
-    if not 0 < len(found) <= MAX_PROBES:
-        raise DataError(f"--probe {file}: found {len(found)} texts, expected 1 to {MAX_PROBES}")
-    return found
-
-
-class Output:
-    """What a model says of one text: values, and whether they are logits or hidden states."""
-
-    def __init__(self, values: Tensor, logits: bool) -> None:
-        self.values = values
-        self.logits = logits
-
-
-def outputs(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]) -> list[Output]:
-    """Logits (of a bare model: final hidden states) text by text, so that no padding takes part."""
-    import torch
-
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) or 512, 512)
-    found = []
-    model.eval()
-    with torch.inference_mode():
-        for text in texts:
-            given = dict(tokenizer(text, truncation=True, max_length=longest - 2, return_tensors="pt"))
-            if model.config.is_encoder_decoder:
-                given["decoder_input_ids"] = given["input_ids"]
-            said = model(**given)
-            logits = getattr(said, "logits", None)
-            found.append(Output((said.last_hidden_state if logits is None else logits).double(), logits is not None))
-    return found
-
-
-def difference(one: Sequence[Output], other: Sequence[Output]) -> tuple[float, float, float]:
-    """Largest and mean absolute difference, and the largest absolute output."""
-    largest, total, count, scale = 0.0, 0.0, 0, 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.values.shape != b.values.shape:
-            raise ModuleError(f"the checkpoint read back answers in shape {tuple(b.values.shape)}, the base in {tuple(a.values.shape)}")
-        gap = (a.values - b.values).abs()
-        highest = float(gap.max())
-        largest = highest if math.isnan(highest) else max(largest, highest)
-        total, count, scale = total + float(gap.sum()), count + gap.numel(), max(scale, float(a.values.abs().max()))
-        if math.isnan(largest):
-            break
-    return largest, total / max(count, 1), scale
-
-
-# -- a module --------------------------------------------------------------------------------------------------------------
 
 
 def _module(
@@ -336,7 +176,7 @@ def merged_module(
     elif how == "average":
         result = arithmetic.average(modules, weights, **common)
     elif how == "ties":
-        result = merging.ties(modules, **common, **({} if plain else {"weights": weights}))
+        result = merging.ties(modules, weights=None if plain else weights, **common)
     elif how == "union":
         if not plain:
             raise UsageError("--how union takes each entry as it is, so weights mean nothing there: name the modules as a + b")
