@@ -70,20 +70,23 @@ SMALL: dict[str, dict[str, Any]] = {
     "fish": {"density": 0.05},
     "lt_sft": {"density": 0.1},
     "shira": {"rank": 2},
+    "s2ft": {"share": 0.2},
+    "supermask": {"keep": 0.8},
+    "spiel": {"density": 0.1},
     "rosa": {"rank": 2, "alpha": 2.0, "density": 0.05},
 }
 _LOW_RANK = ("rslora", "lora_plus", "lora_fa", "miss", "dora", "pissa", "adalora", "hira", "loha", "lokr", "gralora")
-_SUBSET = ("child_tuning_d", "fish", "lt_sft", "shira", "rosa")
+_SUBSET = ("child_tuning_d", "fish", "lt_sft", "shira", "rosa", "s2ft", "spiel", "diff_pruning", "lottery")
 _SUBSPACE = ("vera", "svft", "intrinsic", "said")
 _ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "perfect")
 #: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
 EXACT = ("full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, *_SUBSET, "oft", "boft", "road", "mh_parallel", "llama_adapter")
 NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "lora_xs", "hra")
 FOLDABLE = (
-    "full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, *_SUBSET, "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
+    "full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, *_SUBSET, "supermask", "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
 )  # fmt: skip
 #: methods that touch every parameter, those computed once for all rows among them
-EVERYWHERE = ("full", "child_tuning_f", "fish", "intrinsic", "said")
+EVERYWHERE = ("full", "child_tuning_f", "fish", "diff_pruning", "intrinsic", "said")
 #: methods that add tokens to the sequence, and methods that add keys and values
 TOKENS = ("prompt", "p_tuning")
 MEMORY = ("prefix", "p_tuning_v2", "llama_adapter", "mam", "unipelt")

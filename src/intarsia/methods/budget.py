@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from intarsia._codec import register
 from intarsia.errors import SpecError
+from intarsia.methods.method import States
 from intarsia.patches.core import CoreFactor
+
+NOTHING: States = MappingProxyType({})
 
 
 def cores(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, CoreFactor]]:
@@ -95,8 +99,12 @@ class RankBudget:
         left = 1 - (step - first) / max(last - first, 1)
         return int(end + (start - end) * left**3), step % self.every == 0
 
+    def settled(self, total: int) -> int:
+        """The step from which the budget is that of the end."""
+        return min(total - round(self.final * total) + 1, total)
+
     @torch.no_grad()
-    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor]) -> None:
+    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States = NOTHING) -> None:
         """Update the importance of every entry; at the steps of `at` zero the lambdas that are not among the best."""
         found = dict(cores(parts))
         scores: dict[str, Tensor] = {}

@@ -61,7 +61,7 @@ class Group:
 
     Attributes:
         tag: of the patches it concerns; `tag:in` or `tag:out` (with an empty tag `:in`, `:out`) for one side of their
-            factors only, see `side`.
+            factors only, `tag:gate` for gates, see `side`.
         rate: multiplies the learning rate of the main group.
         decay: weight decay, None for that of the main group.
     """
@@ -71,9 +71,14 @@ class Group:
     decay: float | None = None
 
 
+States = Mapping[Any, dict[str, Any]]
+
+
 def side(name: str, dimensions: int) -> str:
-    """The side of a factor that a tensor is on, by its name: `in` (what reads), `out` (what writes, and every vector), or none."""
+    """The side of a factor that a tensor is on, by its name: `in` (what reads), `gate`, `out` (what writes, every other vector), or none."""
     words = name.split("/")[-1].split(".")
+    if words[-1] in ("alpha", "alpha_group"):
+        return "gate"
     if "down" in words and dimensions > 1:
         return "in"
     return "out" if "up" in words or dimensions < 2 else ""
@@ -91,13 +96,17 @@ class Penalty(Protocol):
 class StepRule(Protocol):
     """What a method does to its tensors between optimiser steps: a frozen, registered dataclass."""
 
-    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor]) -> None:
+    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
         """Called after every optimiser step, before gradients are cleared.
 
         Args:
             step: of `total`, counted from 1.
             parts: the module's forms by `<site>/<patch>`, in model order.
             memory: what the rule remembers; kept with the checkpoint.
+            states: the optimiser's state of every parameter, to be changed in place.
+
+        Two more methods are used where a rule has them: `begin(step, parts, memory)` before the first forward of a step, and
+        `settled(total) -> int`, the step before which no evaluation is taken for the best one.
         """
 
 

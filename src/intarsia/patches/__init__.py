@@ -17,6 +17,7 @@ from intarsia.patches.hyper import Hyper
 from intarsia.patches.kron import Kron, KronPair
 from intarsia.patches.labels import MultiMaskLabels
 from intarsia.patches.ladder import Ladder
+from intarsia.patches.masks import Columns, HardConcrete, KeptMask, Ticket, TopMask
 from intarsia.patches.matrix import Matrix
 from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot, Set
 from intarsia.patches.orthogonal import Butterfly, Cayley, Householder
@@ -42,6 +43,7 @@ __all__ = [
     "Butterfly",
     "Cayley",
     "Circulant",
+    "Columns",
     "Concat",
     "Const",
     "Core",
@@ -57,9 +59,11 @@ __all__ = [
     "Gain",
     "Gated",
     "Hadamard",
+    "HardConcrete",
     "Head",
     "Householder",
     "Hyper",
+    "KeptMask",
     "Kron",
     "KronPair",
     "Ladder",
@@ -88,6 +92,8 @@ __all__ = [
     "Sparse",
     "SubspaceEdit",
     "Sum",
+    "Ticket",
     "Tokens",
+    "TopMask",
     "WhyNot",
 ]

@@ -35,13 +35,27 @@ class SparseFactor(Factor):
         self.spec = spec
         self.register_buffer("index", index)
         self.values = values
+        self.__dict__["_gradient"] = None  # of the whole tensor; None while nobody asks for it
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(same_dtype(x, self.values), self.materialise())
 
     def materialise(self) -> Tensor:
         zero = torch.zeros(prod(self.shape), dtype=self.values.dtype, device=self.values.device)
-        return zero.scatter(0, self.index.long(), self.values).view(self.shape)
+        whole = zero.scatter(0, self.index.long(), self.values).view(self.shape)
+        if self._gradient is not None and whole.requires_grad:
+            whole.register_hook(self._gradient.append)
+        return whole
+
+    _gradient: list[Tensor] | None
+
+    def collect(self, wanted: bool) -> None:
+        """Collect the gradients of the whole tensor from now on, or stop doing so."""
+        self.__dict__["_gradient"] = [] if wanted else None
+
+    def collected(self) -> Tensor:
+        """Their sum since `collect`, of `shape`."""
+        return torch.stack(self._gradient or [torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)]).sum(0)
 
     def choose(self, index: Tensor) -> None:
         """Train these entries from now on, from zero.  The parameter is a new one: make optimisers afterwards."""

@@ -142,7 +142,7 @@ class Run:
             self.best, self.without_gain = self.last, 0
             if self.recipe.select_best:
                 self.best_module = self.host.extract(self.name)
-        else:
+        elif step >= trainer.rules.settled:
             self.without_gain += 1
         loss = None if found.loss is None else finite(found.loss)
         self.record.line(

@@ -1,0 +1,240 @@
+"""Rules between steps that change which entries a module trains: projection, pruning in rounds, drop and grow.
+
+| rule | at | does |
+|---|---|---|
+| `Project` | once, after a share of the steps | keeps the largest gated differences of all tensors (diff pruning) |
+| `Prune` | the ends of all rounds but the last | takes away a share of what is left, by abs(weight), and rewinds the rest (lottery tickets) |
+| `Regrow` | every few steps | drops the smallest differences and grows entries where gradients are large (SpIEL-AG) |
+
+All choices are exact in number; ties go to the first by order of the sites and position.  What they remember is in the
+checkpoint, so an interrupted training makes the same choices.  Penalty of the gates: `L0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from intarsia._codec import register
+from intarsia.errors import SpecError
+from intarsia.methods.method import States
+from intarsia.patches.masks import HardConcreteFactor, TicketForm
+from intarsia.patches.matrix import MatrixForm
+from intarsia.patches.sparse import SparseFactor, best
+
+
+def gated(parts: Sequence[nn.Module]) -> Iterator[HardConcreteFactor]:
+    """The factors under gates among forms."""
+    return (form.factor for form in parts if isinstance(form, MatrixForm) and isinstance(form.factor, HardConcreteFactor))
+
+
+@register("l0")
+@dataclass(frozen=True, slots=True)
+class L0:
+    """weight * expected number of changed entries (Louizos et al. 2018, arXiv 1712.01312), until they are chosen.
+
+    Attributes:
+        official: add the chances of an entry's and its tensor's gate, as the released code of diff pruning does, instead of
+            multiplying them, as the paper does.
+    """
+
+    weight: float = 1.25e-7
+    official: bool = False
+
+    def loss(self, parts: Sequence[nn.Module]) -> Tensor | None:
+        terms = [f.expected_entries(self.official) for f in gated(parts) if not f.projected]
+        return torch.stack(terms).sum() * self.weight if terms else None
+
+
+def clear(states: States, parameters: Sequence[nn.Parameter]) -> None:
+    """Forget an optimiser's moments of some parameters: what follows begins like a fresh optimiser."""
+    for parameter in parameters:
+        for value in states.get(parameter, {}).values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+@register("project")
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Attributes:
+    density: share of all entries that may differ from the base, exact in number: floor(density * size).
+    share: of the steps before the choice; the others train the chosen entries.
+    """
+
+    density: float = 0.005
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density <= 1.0 or not 0.0 < self.share < 1.0:
+            raise SpecError(f"a projection needs a density above 0 and at most 1 and a share of the steps between 0 and 1, found {self}")
+
+    def settled(self, total: int) -> int:
+        """The step after which the entries stay."""
+        return max(1, round(self.share * total))
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
+        if step != self.settled(total):
+            return
+        factors = {str(i): f for i, f in enumerate(gated(list(parts.values())))}
+        count = int(self.density * sum(f.value.numel() for f in factors.values()) + 1e-9)
+        sizes = {key: (f.value * f.gates(False)).abs().flatten().cpu() for key, f in factors.items()}
+        for key, index in best(sizes, count).items():
+            kept = torch.zeros(sizes[key].numel(), dtype=torch.bool)
+            kept[index] = True
+            factor = factors[key]
+            factor.project(kept.view(factor.value.shape).to(factor.value.device))
+            clear(states, list(factor.parameters()))
+
+
+@register("prune")
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Iterative magnitude pruning over all tensors together.
+
+    Attributes:
+        rounds: of training; between two of them `share` of the entries left is taken away.
+        share: per round.
+        late: rewind to the values after this many steps instead of to the start (Frankle et al. 2020, arXiv 1912.05671).
+    """
+
+    rounds: int = 4
+    share: float = 0.2
+    late: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 2 or not 0.0 < self.share < 1.0 or self.late < 0:
+            raise SpecError(f"pruning needs at least 2 rounds, a share between 0 and 1 and late >= 0, found {self}")
+
+    def ends(self, total: int) -> list[int]:
+        """Steps after which entries are taken away."""
+        return sorted({total * r // self.rounds for r in range(1, self.rounds)} - {0})
+
+    def settled(self, total: int) -> int:
+        """The step after which the entries stay."""
+        return max(self.ends(total), default=0)
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
+        forms = {name: form for name, form in parts.items() if isinstance(form, TicketForm)}
+        if self.late and step == self.late:
+            memory.update({name: form.value.detach().clone() for name, form in forms.items()})
+        if step not in self.ends(total) or step < self.late:
+            return
+        left = sum(int(form.mask.sum()) for form in forms.values())
+        scores = {}
+        for name, form in forms.items():
+            size = (form.start.to(form.value) + form.value).abs()
+            scores[name] = torch.where(form.mask, size, -1.0).flatten().cpu()
+        for name, index in best(scores, left - int(self.share * left)).items():
+            form = forms[name]
+            mask = torch.zeros(form.mask.numel(), dtype=torch.bool)
+            mask[index] = True
+            form.thin(mask.view(form.mask.shape).to(form.mask.device), memory.get(name))
+            clear(states, [form.value])
+
+
+@register("regrow")
+@dataclass(frozen=True, slots=True)
+class Regrow:
+    """SpIEL-AG (Ansell et al. 2024, arXiv 2401.16405): the number of entries of a tensor never changes.
+
+    The window before a choice collects the gradient of the whole tensor: its first step names as many candidates as there
+    are entries, the others add up at these.  Grown entries start at zero with the moments that the window's gradients give.
+
+    Attributes:
+        every: steps between two choices.
+        window: steps whose gradients are collected.
+        rate: share of the entries that is exchanged, falling linearly to zero over the run; the first choice exchanges all.
+        betas: of the optimiser, for the moments of grown entries.
+    """
+
+    every: int = 20
+    window: int = 5
+    rate: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.every < self.window or not 0.0 < self.rate <= 1.0:
+            raise SpecError(f"regrowing needs 1 <= window <= every and a rate above 0 and at most 1, found {self}")
+
+    def begin(self, step: int, parts: Mapping[str, nn.Module], memory: Mapping[str, Tensor]) -> None:
+        """Before a step's first forward pass: have the gradients of whole tensors collected where the step is in a window."""
+        within = self._within(step)
+        for factor in _sparse(parts).values():
+            factor.collect(within)
+
+    def _within(self, step: int) -> bool:
+        return (step - 1) % self.every >= self.every - self.window
+
+    def exchanged(self, step: int, total: int, count: int) -> int:
+        """Entries that are dropped at the end of a step, out of `count`."""
+        if step % self.every or step >= total:
+            return 0
+        return count if step == self.every else int(self.rate * (1 - step / total) * count)
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
+        if not self._within(step):
+            return
+        for name, factor in _sparse(parts).items():
+            gradient = _averaged(factor.collected(), factor.values)
+            self._note(name, factor, gradient, memory)
+            count = self.exchanged(step, total, len(factor.index))
+            if count:
+                self._exchange(name, factor, count, memory, states.get(factor.values, {}))
+            if step % self.every == 0:
+                for key in ("candidates", "sum", "squares"):
+                    memory.pop(f"{name}.{key}", None)
+
+    def _note(self, name: str, factor: SparseFactor, gradient: Tensor, memory: dict[str, Tensor]) -> None:
+        key = f"{name}.candidates"
+        if key not in memory:
+            size = gradient.abs()
+            size[factor.index.long()] = -1.0  # entries that are there already are no candidates
+            fresh = min(len(factor.index), len(size) - len(factor.index))
+            memory[key] = size.argsort(descending=True, stable=True)[:fresh].sort().values
+            memory[f"{name}.sum"] = torch.zeros(fresh, dtype=gradient.dtype, device=gradient.device)
+            memory[f"{name}.squares"] = torch.zeros_like(memory[f"{name}.sum"])
+        at = gradient[memory[key]]
+        memory[f"{name}.sum"] = memory[f"{name}.sum"] + at
+        memory[f"{name}.squares"] = memory[f"{name}.squares"] + at.square()
+
+    def _exchange(self, name: str, factor: SparseFactor, count: int, memory: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        candidates, total, squares = (memory[f"{name}.{key}"] for key in ("candidates", "sum", "squares"))
+        count = min(count, len(candidates))
+        stay = factor.values.abs().argsort(descending=True, stable=True)[: len(factor.index) - count]
+        grown = total.abs().argsort(descending=True, stable=True)[:count]
+        index = torch.cat((factor.index.long()[stay], candidates[grown]))
+        order = index.argsort()
+        zero = torch.zeros(count, dtype=factor.values.dtype, device=factor.values.device)
+        steps = float(state.get("step", 0))
+        fresh = {
+            "exp_avg": total[grown] / self.window * (1 - self.betas[0] ** steps),
+            "exp_avg_sq": squares[grown] / self.window * (1 - self.betas[1] ** steps),
+        }
+        for key, value in fresh.items():
+            if key in state:
+                state[key].copy_(torch.cat((state[key][stay], value.to(state[key])))[order])
+        factor.values.copy_(torch.cat((factor.values[stay], zero))[order])
+        factor.index.copy_(index[order])
+
+
+def _sparse(parts: Mapping[str, nn.Module]) -> dict[str, SparseFactor]:
+    return {name: form.factor for name, form in parts.items() if isinstance(form, MatrixForm) and isinstance(form.factor, SparseFactor)}
+
+
+def _averaged(found: Tensor | None, like: Tensor) -> Tensor:
+    """A step's gradient over all processes."""
+    assert found is not None, "the rule was not told that the step begins"
+    gradient = found.flatten().to(like.dtype)
+    if dist.is_initialized():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient
