@@ -16,13 +16,13 @@ from intarsia.errors import IntarsiaError, ModuleError, StoreError
 from intarsia.host import Host
 from intarsia.modules import Module, dumps, loads
 from intarsia.sites import fingerprint, resolve
-from intarsia.store.convert import Report, read_peft
+from intarsia.store.convert import Report, read_peft, write_peft
 from tests.shared import shared
 from tests.store.peers import applied, inputs, logits, tiny
 
 FAMILIES = ("bert", "llama", "t5")
 METHODS = ("lora", "lora_dora", "lora_rslora_bias", "lora_lorabias", "adalora", "ia3", "loha", "lokr", "lokr_full", "vera", "oft", "boft", "hra",
-           "miss", "fourierft", "c3a", "delora", "gralora", "road", "hira", "ln_tuning")  # fmt: skip
+           "miss", "fourierft", "c3a", "delora", "gralora", "road", "hira", "ln_tuning", "shira")  # fmt: skip
 
 
 def sample(name: str) -> Path:
@@ -50,6 +50,44 @@ def test_logits_are_those_of_the_file(method: str, family: str) -> None:
     want = logits(applied(tiny(family), folder, method), family)
     assert not torch.allclose(want, logits(tiny(family), family), atol=1e-3), "the sample does nothing"
     torch.testing.assert_close(spoken(module, family), want, atol=1e-5 * max(1.0, float(want.abs().max())), rtol=0)
+
+
+def with_rows(model: Any, family: str) -> Tensor:
+    """Logits of a text with the tokens that the samples train."""
+    ids = torch.tensor([[1, 9, 5, 7, 12], [5, 5, 20, 1, 30]])
+    with torch.no_grad():
+        return model(input_ids=ids, **({"decoder_input_ids": ids} if family == "t5" else {})).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_an_embedding_and_back(family: str, tmp_path: Path) -> None:
+    folder = sample(f"{family}_trainable_tokens")
+    module, report = read(folder, family)
+    assert report.complete and report.carried == len(load_file(folder / "adapter_model.safetensors"))
+    assert module.n_parameters == 3 * 32, "only the rows"
+    want = with_rows(applied(tiny(family), folder, "trainable_tokens"), family)
+    assert not torch.allclose(want, with_rows(tiny(family), family), atol=1e-3), "the sample does nothing"
+    model = tiny(family)
+    write_peft(module, tmp_path / "out", sites=resolve(model), weights=model.state_dict(), task_type="CAUSAL_LM")
+    theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (folder, tmp_path / "out"))
+    assert theirs.keys() == ours.keys() and all(torch.allclose(t, ours[key], atol=1e-6) for key, t in theirs.items())
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["token_indices"] == [1, 5, 7]
+    for found in (module, read(tmp_path / "out", family)[0]):
+        host = Host(tiny(family)).insert(loads(dumps(found)))
+        with host.using(found.name):
+            torch.testing.assert_close(with_rows(host.model, family), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("indices", "message"), [([1, 5], "3"), ([1, 5, 99], "no list of rows"), ([1, 5, 5], "different rows"), ({"a": 1}, "no list of rows")])
+def test_rows_that_do_not_fit(indices: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModuleError, match=message):
+        read(edited(tmp_path, "llama_trainable_tokens", token_indices=indices), "llama")
+
+
+def test_tied_rows_must_agree(tmp_path: Path) -> None:
+    other: dict[str, Tensor | None] = {"base_model.model.shared.trainable_tokens_delta": torch.ones(3, 32)}
+    with pytest.raises(ModuleError, match="tied to it"):
+        read(edited(tmp_path, "t5_trainable_tokens", other), "t5")
 
 
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning_mlp"])

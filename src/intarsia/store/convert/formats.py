@@ -53,6 +53,8 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
         Format("DELORA", _PRODUCT, "", "weights"),
         Format("ROAD", "RoAd-1", "RoAd-1", "weights", "not road_2, road_4"),
         Format("HIRA", "HiRA", "HiRA", "weights"),
+        Format("SHIRA", "a sparse change", "", "weights"),
+        Format("TRAINABLE_TOKENS", "a sparse change of embedding rows", "the same", "weights", "needs weights="),
         Format("LN_TUNING", "norms", "norms", "weights", "needs weights="),
         Format("PROMPT_TUNING", "prompt", "prompt", "weights", "encoders: pooled at another token, reported"),
         Format("P_TUNING", "prompt", "", "weights", "the network is not in the file; written as PROMPT_TUNING"),

@@ -59,6 +59,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
                "rank_pattern": {}},
     "ROAD": {"group_size": 64, "init_weights": True, "modules_to_save": None, "target_modules": None, "variant": "road_1"},
     "HIRA": {**_SELECT, "fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True, "r": 32, "rank_pattern": {}},
+    "SHIRA": {"fan_in_fan_out": False, "init_weights": True, "mask_type": "random", "modules_to_save": None, "r": 32, "random_seed": None,
+              "target_modules": None},
+    "TRAINABLE_TOKENS": {"init_weights": True, "target_modules": None, "token_indices": []},
     "LN_TUNING": {"exclude_modules": None, "modules_to_save": None, "target_modules": None},
     "PROMPT_TUNING": {**_PROMPT, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None,
                       "tokenizer_name_or_path": None},
@@ -71,14 +74,14 @@ USED = frozenset({
     *COMMON, *_SELECT, *_PROMPT, "alpha", "alpha_pattern", "block_share", "block_size", "block_size_pattern", "boft_block_num", "boft_block_size",
     "bias", "fan_in_fan_out", "feedforward_modules", "gralora_k", "group_size", "init_r", "lora_alpha", "lora_bias", "n_frequency",
     "n_frequency_pattern", "num_cayley_neumann_terms", "oft_block_size", "r", "random_loc_seed", "rank_pattern", "scaling", "use_cayley_neumann",
-    "use_dora", "use_rslora", "decompose_both", "decompose_factor", "delora_lambda", "lambda_pattern", "variant",
+    "use_dora", "use_rslora", "decompose_both", "decompose_factor", "delora_lambda", "lambda_pattern", "token_indices", "variant",
 })  # fmt: skip
 TRAINING = frozenset({
     "beta1", "beta2", "boft_dropout", "coft", "corda_config", "d_initial", "deltaT", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers",
     "encoder_reparameterization_type", "ensure_weight_tying", "eps", "eva_config", "gralora_dropout", "hira_dropout", "init_ia3_weights",
-    "init_lora_weights", "init_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "miss_dropout", "module_dropout",
+    "init_lora_weights", "init_weights", "loftq_config", "lora_dropout", "lora_ga_config", "mask_type", "megatron_core", "miss_dropout", "module_dropout",
     "orth_reg_weight", "pissa_config", "prefix_projection", "projection_prng_key", "prompt_tuning_init", "prompt_tuning_init_text",
-    "qalora_group_size", "rank_dropout", "rank_dropout_scale", "save_projection", "target_r", "tfinal", "tinit", "tokenizer_kwargs",
+    "qalora_group_size", "random_seed", "rank_dropout", "rank_dropout_scale", "save_projection", "target_r", "tfinal", "tinit", "tokenizer_kwargs",
     "tokenizer_name_or_path", "total_step", "use_effective_conv2d", "vera_dropout",
 })  # fmt: skip
 #: initialisations that change the base's weights: the file alone does not say what the module does

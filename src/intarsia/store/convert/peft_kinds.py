@@ -46,9 +46,11 @@ from intarsia.patches import (
     Rot,
     Rows,
     Sketch,
+    Sparse,
 )
 from intarsia.patches.kron import near_square
 from intarsia.store.convert.peft_config import Config
+from intarsia.store.convert.pieces import sparse_leaves
 
 Tensors = Mapping[str, Tensor]
 Entry = Literal["out", "weight", "in"]
@@ -390,6 +392,21 @@ def _delora_tensors(config: Config, layer: Layer) -> dict[str, Tensor]:
     return {"factor.up": b * (t["delora_lambda"] / a.shape[0] / lengths), "factor.down": a * t["delora_w_norm"][None]}
 
 
+def _shira(config: Config, layer: Layer) -> Made:
+    return Matrix(Sparse(max(len(layer.tensors["shira_weight"]), 1) / (layer.shape[0] * layer.shape[1]))), Add()
+
+
+def _shira_tensors(config: Config, layer: Layer) -> dict[str, Tensor]:
+    """Row and column of each entry; entries named twice add up."""
+    places, values = layer.tensors["shira_indices"].long(), layer.tensors["shira_weight"]
+    out, inner = layer.shape
+    rows, columns = places
+    if len(values) and not (0 <= int(rows.min()) <= int(rows.max()) < out and 0 <= int(columns.min()) <= int(columns.max()) < inner):
+        raise ModuleError(f"{layer.path}: shira_indices lie outside a weight of shape {layer.shape}")
+    flat, order = (rows * inner + columns).unique(return_inverse=True)
+    return sparse_leaves(flat, values.new_zeros(len(flat)).index_add(0, order, values), out * inner)
+
+
 _PAIR = (Leaf("lora_A.weight", "factor.down"), Leaf("lora_B.weight", "factor.up"))
 _AS_PRODUCT = "read as the low-rank product it is: the same outputs, other parameters if training goes on"
 
@@ -444,6 +461,7 @@ _hra, _hra_back),
     Kind("GRALORA", "lora", "out", (Leaf("gralora_A", ""), Leaf("gralora_B", "")), _gralora, build=_gralora_tensors),
     Kind("DELORA", "delora", "out", tuple(Leaf(f"delora_{x}", "") for x in ("A", "B", "lambda", "w_norm")),
          lambda c, layer: (Affine(LowRank(layer.tensors["delora_A"].shape[0])), Add()), build=_delora_tensors, note=_AS_PRODUCT),
+    Kind("SHIRA", "sparse", "weight", (Leaf("shira_indices", ""), Leaf("shira_weight", "")), _shira, build=_shira_tensors),
     Kind("ROAD", "turn", "out", (Leaf("road_theta", "factor.angle"), Leaf("road_alpha", "factor.length")),
          lambda c, _: _turn(Affine(Pairs(int(c["group_size"])), read="self")), _road_back, fits=lambda c, _: c["variant"] == "road_1"),
     Kind("HIRA", "hira", "weight", (Leaf("hira_A", "factor.down"), Leaf("hira_B", "factor.up")),

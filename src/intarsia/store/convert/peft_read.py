@@ -7,26 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from intarsia.errors import ModuleError, listing
 from intarsia.methods.method import METHODS, Policy
 from intarsia.modules.card import Card
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Attend, Concat, Diag, FormSpec, Matrix, OpSpec, Rot, Tokens
+from intarsia.patches import Add, Affine, Attend, Concat, Diag, FormSpec, Matrix, OpSpec, Rot, Sparse, Tokens
 from intarsia.sites.address import SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
 from intarsia.store.convert.peft_kinds import KINDS, Layer
-from intarsia.store.convert.pieces import Piece, together
+from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 #: names under which peft stores a parameter's new value itself, below the module it belongs to
 VALUES = {"weight": "weight", "bias": "bias", "base_layer.bias": "bias", "ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias"}
+ROWS = "trainable_tokens_delta"
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
@@ -39,6 +41,7 @@ class _Reading:
     shared: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] | None
     pieces: list[Piece] = field(default_factory=list)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     carried: int = 0
     left_out: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
@@ -139,6 +142,9 @@ def _by_layer(reading: _Reading, tensors: Mapping[str, Tensor], source: str) -> 
 
 
 def _read_layer(reading: _Reading, path: str, tensors: dict[str, Tensor]) -> None:
+    if reading.config.kind == "TRAINABLE_TOKENS" and ROWS in tensors:
+        tensors = dict(tensors)
+        _read_rows(reading, path, tensors.pop(ROWS))
     rest = set(tensors)
     if not rest <= VALUES.keys():
         site = reading.paths.weight(path)
@@ -166,6 +172,33 @@ def _read_layer(reading: _Reading, path: str, tensors: dict[str, Tensor]) -> Non
         rest.discard(name)
     if rest:
         raise ModuleError(f"{path}: tensors that {reading.config.kind} does not have, or that lack their partner: {listing(sorted(rest))}")
+
+
+def _read_rows(reading: _Reading, path: str, rows: Tensor) -> None:
+    """New rows [n, d] of an embedding, which every matrix tied to it repeats: a sparse change of the one parameter."""
+    site = reading.paths.weight(path)
+    chosen = reading.config["token_indices"]
+    known = reading.rows.get(site.name)
+    if known is not None and not torch.equal(known, rows):
+        raise ModuleError(f"{path}.{ROWS} differs from the same rows of a matrix tied to it")
+    reading.carried += 1
+    if known is not None:
+        return
+    reading.rows[site.name] = rows
+    if reading.weights is None:
+        reading.left_out.append(f"{path}.{ROWS} {tuple(rows.shape)}: peft stores new rows and a module their change; give weights=model.state_dict() to carry it")
+        return
+    if len(site.shape) != 2 or site.transposed or not isinstance(chosen, list) or not all(type(i) is int and 0 <= i < site.shape[0] for i in chosen):
+        raise ModuleError(f"{path}: token_indices={str(chosen)[:80]} are no list of rows of a matrix of shape {site.shape}")
+    index = torch.tensor(chosen, dtype=torch.int64)
+    width = site.shape[1]
+    if len(index.unique()) != len(index) or tuple(rows.shape) != (len(index), width):
+        raise ModuleError(f"{path}.{ROWS} has shape {tuple(rows.shape)}; {len(chosen)} different rows of {width} are expected")
+    index, order = index.sort()
+    change = rows[order] - as_float(reading.weights[f"{site.path}.{site.param}"].detach().cpu())[index]
+    flat = (index[:, None] * width + torch.arange(width)).flatten()
+    form = Matrix(Sparse(max(len(index), 1) / site.shape[0]))
+    reading.pieces.append(Piece(site.name, "rows", form, Add(), "weight", sparse_leaves(flat, change.flatten(), site.shape[0] * width)))
 
 
 def _at_entry(reading: _Reading, path: str, name: str, form: FormSpec, op: OpSpec, ours: dict[str, Tensor]) -> Piece:

@@ -17,13 +17,13 @@ from torch import Tensor
 from intarsia.errors import ModuleError, SiteError, listing
 from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Attend, Const, Core, Dense, Diag, Free, LowRank, Matrix, Tokens
+from intarsia.patches import Add, Affine, Attend, Const, Core, Dense, Diag, Free, LowRank, Matrix, Sparse, Tokens
 from intarsia.sites.address import Site, SiteMap
 from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.paths import Paths, suffixes
 from intarsia.store.convert.peft_config import DEFAULTS, written
 from intarsia.store.convert.peft_kinds import KINDS, Fields, Kind
-from intarsia.store.convert.peft_read import CONFIG, PREFIX, WEIGHTS
+from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS
 from intarsia.store.convert.report import Report
 
 #: what peft saves and expects with each task class
@@ -50,6 +50,7 @@ class _Writing:
     layers: dict[str, list[tuple[Site, _Layer]]] = field(default_factory=dict)
     values: dict[tuple[str, str], tuple[Site, Tensor]] = field(default_factory=dict)
     biases: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+    rows: dict[str, tuple[Site, dict[int, Tensor]]] = field(default_factory=dict)
     inner: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
@@ -93,12 +94,16 @@ def write_peft(
         _place(writing, site, patch, tensors)
     _expected_heads(writing, task_type)
     others = any(not site.name.startswith("head.") for site, _ in writing.values.values())
+    if writing.rows and (prompts or writing.layers or writing.biases or writing.values or len(writing.rows) > 1):
+        raise ModuleError(f"{module.name!r} is more than new rows of one embedding; peft keeps one method per folder; {_ADVICE}")
     if prompts and (writing.layers or writing.biases or others or len(prompts) > 1):
         raise ModuleError(f"{module.name!r} is more than a prompt or prefix; peft keeps one method per folder")
     if prompts:
         patch, found = next(iter(prompts.items()))
         kind, fields, tensors = _prompt(writing, sites, patch, found)
         tensors |= {key.replace(PREFIX, "base_model.", 1): tensor for key, tensor in _values(writing, kind, {}, fields).items()}
+    elif writing.rows:
+        kind, fields, tensors = _embedding_rows(writing, *next(iter(writing.rows.values())))
     else:
         kind, fields, tensors = _layers(module, writing)
     fields["task_type"] = task_type
@@ -140,6 +145,9 @@ def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tenso
     if isinstance(form, Matrix) and isinstance(form.factor, Dense) and isinstance(op, Add):
         writing.values[site.path, site.param or "weight"] = (site, tensors["factor.value"] * op.scale)
         return
+    if isinstance(form, Matrix) and isinstance(form.factor, Sparse) and isinstance(op, Add):
+        writing.rows[site.name] = (site, _rows_of(site, tensors["factor.index"], tensors["factor.values"] * op.scale))
+        return
     if isinstance(form, Affine) and isinstance(form.factor, Core) and isinstance(form.factor.frame, Free) and isinstance(form.factor.core, Diag):
         gain = tensors.get("factor.gain")
         up = tensors["factor.frame.up"] * tensors["factor.core.value"]
@@ -158,6 +166,31 @@ def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tenso
                 writing.inner.add(site.path)
         return
     raise ModuleError(f"patch {patch.name!r} at {site.name} ({type(form).__name__} under {type(op).__name__}) has no form in peft; {_ADVICE}")
+
+
+def _rows_of(site: Site, index: Tensor, values: Tensor) -> dict[int, Tensor]:
+    """Whole rows by number, if the entries are that."""
+    width = site.shape[-1]
+    rows = index.long()[::width] // width
+    whole = len(site.shape) == 2 and not site.transposed and site.view is None and len(index) % width == 0
+    if not whole or not torch.equal(index.long(), (rows[:, None] * width + torch.arange(width)).flatten()):
+        raise ModuleError(f"{site.name}: single entries have no form in peft that is written (whole rows of an embedding have); {_ADVICE}")
+    return dict(zip(rows.tolist(), values.view(-1, width)))
+
+
+def _embedding_rows(writing: _Writing, site: Site, rows: Mapping[int, Tensor]) -> tuple[str, Fields, dict[str, Tensor]]:
+    """New rows of an embedding, repeated for every matrix tied to it."""
+    if not rows or ".embed." not in f".{site.name}":
+        raise ModuleError(f"{site.name}: peft trains rows of embeddings only; {_ADVICE}")
+    old = _base_value(writing, site.path, site.param or "weight")
+    if old is None:
+        raise ModuleError(f"weights has no {site.path}.{site.param}; give model.state_dict() of the model whose sites these are")
+    new = torch.stack([old[row] + change for row, change in rows.items()])
+    owners = [path for path, _ in site.owners] or [site.path]
+    target = next((path for path in owners if path == "shared"), site.path)
+    return "TRAINABLE_TOKENS", {"token_indices": list(rows), "target_modules": [target.split(".")[-1]]}, {
+        f"{PREFIX}{path}.{ROWS}": new.clone() for path in owners
+    }
 
 
 def _layers(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from intarsia.methods.method import Method, Patch, Policy, PortName
@@ -47,3 +48,8 @@ def together(name: str, pieces: Sequence[Piece], policy: Policy | None = None, s
         for piece in members:
             tensors |= {f"{piece.site}/{unique}.{leaf}": tensor for leaf, tensor in piece.tensors.items()}
     return Method(name, tuple(patches), policy or Policy(), source), tensors
+
+
+def sparse_leaves(index: Tensor, values: Tensor, size: int) -> dict[str, Tensor]:
+    """Leaves of a `Sparse` factor of `size` entries: rising flat positions and their values."""
+    return {"factor.index": index.to(torch.int32 if size < 2**31 else torch.int64), "factor.values": values.contiguous()}

@@ -19,14 +19,15 @@ from torch import Tensor
 from intarsia.errors import ModuleError, StoreError, listing
 from intarsia.modules.card import Card
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Dense, Matrix
+from intarsia.patches import Add, Dense, Matrix, Sparse
+from intarsia.patches.matrix import canonical_shape
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.detect import DIFF
 from intarsia.store.convert.folder import as_float, checked, sound, write_folder
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pickled import read_pickled
-from intarsia.store.convert.pieces import Piece, together
+from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
 
 KIND = "sparse difference"
@@ -37,9 +38,11 @@ class _Reading:
     paths: Paths
     weights: Mapping[str, Tensor] | None
     pieces: list[Piece] = field(default_factory=list)
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     changed: int = 0
     entries: int = 0
+    touched: int = 0
     carried: int = 0
 
 
@@ -92,6 +95,8 @@ def _read(path: Path, sites: SiteMap, base: Fingerprint, name: str | None, weigh
         raise ModuleError(f"{path}: {len(unknown)} of {len(diffs)} parameters are none of {sites.model}: {listing(unknown, 4)}; is this the model it was trained on?")
     for param, parts in diffs.items():
         _read_difference(reading, param, parts, str(path))
+    form = Matrix(Sparse(reading.changed / reading.touched if reading.changed else 1.0))
+    reading.pieces += [Piece(name, "sparse", form, Add(), "weight", leaves) for name, leaves in reading.found.items()]
     for param, value in absolute.items():
         _read_value(reading, param, value)
     if not reading.pieces:
@@ -99,7 +104,7 @@ def _read(path: Path, sites: SiteMap, base: Fingerprint, name: str | None, weigh
     method, tensors = together("lt_sft", reading.pieces, source="composable-sft; Ansell et al. 2022, arXiv 2110.07560")
     card = Card(method=method.name, description="Read from a file of composable-sft.")
     module = Module(name or path.parent.resolve().name, method, tensors, base, card=card)
-    note = f"{reading.changed:,} of {reading.entries:,} entries change; they are held densely, so the module is larger than its file"
+    note = f"{reading.changed:,} of {reading.entries:,} entries change"
     return module, Report(str(path.parent), KIND, reading.carried, tuple(reading.left_out), (note,))
 
 
@@ -118,10 +123,18 @@ def _read_difference(reading: _Reading, param: str, parts: Mapping[str, Tensor],
     reading.carried += 1
     reading.changed += len(index)
     reading.entries += prod(size)
+    if site.name in reading.found:
+        raise ModuleError(f"{source}: {param} is one parameter with another of the file; the model ties them")
     if len(index):
-        dense = torch.zeros(prod(size), dtype=values.dtype).scatter(0, index, values)
-        dense = dense.view(*reversed(size)).permute(*reversed(range(len(size))))  # the first dimension runs fastest
-        reading.pieces.append(_piece(site, dense, ""))
+        reading.touched += prod(size)
+        places = torch.unravel_index(index, tuple(reversed(size)))  # the first dimension runs fastest
+        places = places if site.transposed and len(size) == 2 else tuple(reversed(places))
+        shape = tuple(reversed(size)) if site.transposed and len(size) == 2 else size
+        flat = index.new_zeros(len(index))
+        for place, width in zip(places, shape):
+            flat = flat * width + place
+        flat, order = flat.sort()
+        reading.found[site.name] = sparse_leaves(flat, values[order], prod(size))
 
 
 def _read_value(reading: _Reading, param: str, value: Tensor) -> None:
@@ -137,18 +150,15 @@ def _read_value(reading: _Reading, param: str, value: Tensor) -> None:
     if old is None or old.shape != value.shape:
         raise ModuleError(f"weights has no {site.path}.{site.param} of shape {tuple(value.shape)}; give model.state_dict() of the model whose sites these are")
     reading.carried += 1
-    reading.pieces.append(_piece(site, value - as_float(old.detach().cpu()), "head"))
+    change = value - as_float(old.detach().cpu())
+    change = change.T if site.transposed and change.dim() == 2 else change
+    reading.pieces.append(Piece(site.name, "saved", Matrix(), Add(), "weight", {"factor.value": change.contiguous()}, "head"))
 
 
 def _site(paths: Paths, param: str) -> Site:
     place = paths.split(param)
     assert place is not None
     return paths.weight(*place)
-
-
-def _piece(site: Site, change: Tensor, tag: str) -> Piece:
-    change = change.T if site.transposed and change.dim() == 2 else change
-    return Piece(site.name, "saved" if tag else "sparse", Matrix(), Add(), "weight", {"factor.value": change.contiguous()}, tag)
 
 
 def write_sft(
@@ -174,11 +184,16 @@ def write_sft(
         if patch is not None and patch.port == "logits":
             left_out.append(f"{key} {tuple(tensor.shape)}: a head on the final hidden states; only the model's own are parameters")
             continue
-        if patch is None or not (isinstance(patch.form, Matrix) and isinstance(patch.form.factor, Dense) and isinstance(patch.op, Add)):
+        if patch is None or not (isinstance(patch.form, Matrix) and isinstance(patch.form.factor, Dense | Sparse) and isinstance(patch.op, Add)):
             raise ModuleError(f"{key!r} is no change of single entries of a parameter; composable-sft holds nothing else")
         if name not in sites or sites[name].view is not None:
             raise ModuleError(f"{module.name!r} does not fit this model: {name} is no whole parameter of it")
+        if rest.endswith(".index"):
+            continue
         site = sites[name]
+        if isinstance(patch.form.factor, Sparse):
+            index, shape = module.tensors[key.removesuffix("values") + "index"], canonical_shape(site)
+            tensor = torch.zeros(prod(shape), dtype=tensor.dtype).scatter(0, index.long(), tensor).view(shape)
         change = as_float(tensor) * patch.op.scale
         change = change.T if site.transposed and change.dim() == 2 else change
         param = f"{site.path}.{site.param}"
