@@ -198,9 +198,11 @@ def _projection(reading: Reading, lead: str, orthogonal: bool) -> Tensor:
         return reading.take(f"{lead}.weight")
     state = {name: reading.take(f"{lead}.{name}") for name in ("parametrizations.weight.original", "parametrizations.weight.0.base")}
     rank, width = state["parametrizations.weight.original"].shape
-    made = nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
+    made: nn.Module = torch.nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
     made.load_state_dict(state)
-    return made.weight.detach().clone()
+    weight = made.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().clone()
 
 
 def _block(reading: Reading, slot: str) -> Site:

@@ -1,4 +1,4 @@
-"""`write_adapterhub`: bottleneck adapters and LoRA as a folder of AdapterHub's `adapters` (1.x).
+"""`write_adapterhub`: bottleneck adapters, LoRA, (IA)^3 and plain prefixes as a folder of AdapterHub's `adapters` (1.x).
 
 One folder there has one configuration for all layers: what differs between layers other than an adapter's width is refused.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from intarsia.errors import ModuleError, listing
 from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Bottleneck, Dense, Gated, LowRank, Scaled
+from intarsia.patches import Add, Affine, Attend, Bottleneck, Const, Dense, Gated, LowRank, Mul, Scaled
 from intarsia.sites.address import Site, SiteMap
 from intarsia.store.convert.adapterhub import ACTIVATIONS, CONFIG, SLOTS, WEIGHTS
 from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.report import Report
 
 Fields = dict[str, Any]
+Item = tuple[Site, Patch, dict[str, Tensor]]
 VERSION = "adapters.1.3.0"
 #: the slot of a sub-layer from our path of it
 _SLOT_OF: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(pattern), slot) for pattern, slot in (
@@ -40,6 +41,7 @@ _BOTTLENECK: Mapping[str, Any] = {
     "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_layer": False, "phm_rank": 1, "reduction_factor": 16,
     "residual_before_ln": True, "scaling": 1.0, "shared_W_phm": False, "shared_phm_rule": True, "stochastic_depth": 0.0, "use_gating": False,
 }  # fmt: skip
+_PLACES = frozenset((*((sublayer, word) for sublayer in ("attn", "xattn") for word in "qkv"), ("ffn", "up"), ("ffn", "down")))
 _LORA: Mapping[str, Any] = {
     "alpha": 8, "architecture": "lora", "attn_matrices": [], "composition_mode": "add", "dropout": 0.0, "dtype": None, "init_weights": "lora",
     "init_weights_seed": None, "intermediate_lora": False, "leave_out": [], "output_lora": False, "r": 8, "selfattn_lora": False, "use_dora": False,
@@ -81,10 +83,10 @@ def write_adapterhub(module: Module, folder: str | os.PathLike[str], *, sites: S
     if missing or not places:
         raise ModuleError(f"{module.name!r} does not fit this model: it lacks {listing(missing)}" if missing else f"{module.name!r} holds nothing to write")
     items = [(sites[site], patch, tensors) for (site, patch), tensors in places.items()]
-    low = [_is_lora(patch) for _, patch, _ in items]
-    if any(low) != all(low):
-        raise ModuleError(f"{module.name!r} is LoRA and something else; only one method is written")
-    config, tensors = _loras(sites, items, name) if all(low) else _bottlenecks(sites, items, name)
+    kinds = {_kind(patch) for _, patch, _ in items}
+    if len(kinds) > 1:
+        raise ModuleError(f"{module.name!r} is {listing(sorted(k.__name__.strip('_') for k in kinds))} in adapters; only one method is written")
+    config, tensors = kinds.pop()(sites, items, name)
     document = {
         "config": config, "hidden_size": max(site.features for site in sites.values() if site.name.endswith("attn")), "model_class": sites.model,
         "model_name": module.card.base or None, "model_type": model_type, "name": name, "version": VERSION,
@@ -93,9 +95,14 @@ def write_adapterhub(module: Module, folder: str | os.PathLike[str], *, sites: S
     return Report(module.name, str(config.get("architecture", "bottleneck")), len(tensors), tuple(left_out))
 
 
-def _is_lora(patch: Patch) -> bool:
+def _kind(patch: Patch) -> Callable[[SiteMap, Sequence[Item], str], tuple[Fields, dict[str, Tensor]]]:
+    """How a patch is written."""
     form = patch.form.form if isinstance(patch.form, Gated) else patch.form
-    return isinstance(form, Affine)
+    if isinstance(form, Attend):
+        return _prefixes
+    if isinstance(form, Const) and form.factor is None and isinstance(patch.op, Mul) and patch.port == "out":
+        return _scales
+    return _loras if isinstance(form, Affine) else _bottlenecks
 
 
 def _one(found: Sequence[Fields], what: str) -> Fields:
@@ -107,7 +114,7 @@ def _one(found: Sequence[Fields], what: str) -> Fields:
     return dict(found[0])
 
 
-def _bottlenecks(sites: SiteMap, items: Sequence[tuple[Site, Patch, dict[str, Tensor]]], name: str) -> tuple[Fields, dict[str, Tensor]]:
+def _bottlenecks(sites: SiteMap, items: Sequence[Item], name: str) -> tuple[Fields, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     fields: list[Fields] = []
     widths: dict[tuple[str, int], set[int]] = {}
@@ -208,36 +215,73 @@ def _bottleneck(site: Site, patch: Patch, ours: Mapping[str, Tensor], behind: bo
     return fields, {**renamed, **extra}
 
 
-def _loras(sites: SiteMap, items: Sequence[tuple[Site, Patch, dict[str, Tensor]]], name: str) -> tuple[Fields, dict[str, Tensor]]:
-    tensors: dict[str, Tensor] = {}
+def _loras(sites: SiteMap, items: Sequence[Item], name: str) -> tuple[Fields, dict[str, Tensor]]:
+    leaves: list[tuple[Site, dict[str, Tensor]]] = []
     fields: list[Fields] = []
-    words: dict[tuple[str, int], set[str]] = {}
-    cross: dict[tuple[str, int], set[str]] = {}
-    fused: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for site, patch, ours in items:
         form, op = patch.form, patch.op
-        parts = site.name.split(".")
         plain = isinstance(form, Affine) and form.read == "input" and isinstance(form.factor, LowRank) and isinstance(op, Add)
-        if not plain or not isinstance(form, Affine) or not isinstance(form.factor, LowRank) or not isinstance(op, Add) or site.layer is None:
+        if not plain or not isinstance(form, Affine) or not isinstance(form.factor, LowRank) or not isinstance(op, Add):
             raise ModuleError(f"patch {patch.name!r} at {site.name} has no form as a LoRA of adapters")
-        if parts[-2] not in ("attn", "xattn") or parts[-1] not in ("q", "k", "v"):
-            raise ModuleError(f"{site.name}: adapters names its LoRA of feed-forward layers differently from model to model; only q, k and v are written")
         alpha = op.scale * form.factor.rank
         fields.append({"r": form.factor.rank, "alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha, "dropout": form.dropout})
-        (words if parts[-2] == "attn" else cross).setdefault((site.stack, site.layer), set()).add(parts[-1])
-        up, down = ours["factor.up"], ours["factor.down"]
+        leaves.append((site, {"lora_A": ours["factor.down"], "lora_B": ours["factor.up"]}))
+    where, tensors = _at_layers(sites, leaves, name)
+    return {**_LORA, **_one(fields, "layers"), **where}, tensors
+
+
+def _scales(sites: SiteMap, items: Sequence[Item], name: str) -> tuple[Fields, dict[str, Tensor]]:
+    """(IA)^3 as adapters has it: at outputs, that of the first feed-forward layer included."""
+    where, tensors = _at_layers(sites, [(site, {"lora_B": ours["value"][:, None]}) for site, _, ours in items], name)
+    return {**_LORA, "r": 1, "alpha": 1, "composition_mode": "scale", "init_weights": "ia3", **where}, tensors
+
+
+def _at_layers(sites: SiteMap, leaves: Sequence[tuple[Site, dict[str, Tensor]]], name: str) -> tuple[Fields, dict[str, Tensor]]:
+    """Fields that say at which layers, and the tensors there."""
+    tensors: dict[str, Tensor] = {}
+    words: dict[tuple[str, int], set[str]] = {}
+    cross: dict[tuple[str, int], set[str]] = {}
+    forward: dict[tuple[str, int], set[str]] = {}
+    fused: dict[str, dict[str, dict[str, Tensor]]] = {}
+    gated = any(site.name.endswith("ffn.gate") for site in sites.values())
+    for site, found in leaves:
+        parts = site.name.split(".")
+        sublayer, word = (parts[-2], parts[-1]) if len(parts) > 1 else ("", "")
+        if site.layer is None or (sublayer, word) not in _PLACES or (sublayer == "ffn" and gated):
+            raise ModuleError(f"{site.name}: only q, k and v and, in models without a gate, both feed-forward layers are written; adapters names others differently from model to model")
+        {"attn": words, "xattn": cross, "ffn": forward}[sublayer].setdefault((site.stack, site.layer), set()).add(word)
         if site.view is not None:
-            fused.setdefault(site.path, {})[parts[-1]] = (up, down)
+            fused.setdefault(site.path, {})[word] = found
         else:
-            tensors |= {f"{site.path}.loras.{name}.lora_A": down, f"{site.path}.loras.{name}.lora_B": up}
+            tensors |= {f"{site.path}.loras.{name}.{leaf}": tensor for leaf, tensor in found.items()}
     for path, shares in fused.items():  # side by side, in the order q, k, v
         order = [word for word in "qkv" if word in shares]
-        tensors[f"{path}.loras.{name}.lora_A"] = torch.cat([shares[word][1] for word in order])
-        tensors[f"{path}.loras.{name}.lora_B"] = torch.cat([shares[word][0] for word in order])
-    config = {**_LORA, **_one(fields, "layers"), "selfattn_lora": True}
-    if len(set(map(frozenset, [*words.values(), *cross.values()]))) != 1 or not set(cross) <= set(words):
-        raise ModuleError(f"layers have LoRA at unlike places ({listing(''.join(sorted(w)) for w in words.values())}); one configuration cannot say so")
-    config["attn_matrices"] = [word for word in "qkv" if word in next(iter(words.values()))]
+        for leaf in shares[order[0]]:
+            tensors[f"{path}.loras.{name}.{leaf}"] = torch.cat([shares[word][leaf] for word in order])
+    every = {*words, *forward}
+    uneven = any(kind and set(kind) != (every if kind is not cross else {k for k in every if k[0] == "decoder"}) for kind in (words, forward, cross))
+    if uneven or any(len(set(map(frozenset, kind.values()))) > 1 for kind in (forward, {**words, **{("x", *k): v for k, v in cross.items()}})):
+        raise ModuleError(f"layers have it at unlike places ({listing(''.join(sorted(w)) for w in [*words.values(), *forward.values()])}); one configuration cannot say so")
+    matrices, inner = (next(iter(kind.values()), set()) for kind in (words, forward))
     numbers = [(stack, i) for stack, count in sites.layers.items() for i in range(count)]
-    config["leave_out"] = [number for number, key in enumerate(numbers) if key not in words]
-    return config, tensors
+    return {
+        "selfattn_lora": bool(words), "attn_matrices": [word for word in "qkv" if word in matrices] or ["q", "v"], "intermediate_lora": "up" in inner,
+        "output_lora": "down" in inner, "leave_out": [number for number, key in enumerate(numbers) if key not in every],
+    }, tensors  # fmt: skip
+
+
+def _prefixes(sites: SiteMap, items: Sequence[Item], name: str) -> tuple[Fields, dict[str, Tensor]]:
+    """[P * 2 * layers * heads * size]: positions first, then key and value of layer 0, of layer 1 ..."""
+    memories = [site.name for site in sites.values() if site.port == "mem"]
+    if any(sites[memory].stack for memory in memories) or {site.name for site, _, _ in items} != set(memories):
+        raise ModuleError("a prefix is written for all layers of a model with one stack")
+    by_site = {site.name: ours for site, _, ours in items}
+    form = items[0][1].form
+    plain = isinstance(form, Attend) and form.reparameterise is None and form.factor is None and form.mix == "shared"
+    if not isinstance(form, Attend) or not plain or any(patch.form != form for _, patch, _ in items):
+        raise ModuleError("adapters holds plain keys and values of one length in the attention's own softmax; flatten the module: host.extract(name, flatten=True)")
+    blocks = torch.stack([by_site[memory][leaf] for memory in memories for leaf in ("keys", "values")])
+    config = {"architecture": "prefix_tuning", "bottleneck_size": 512, "cross_prefix": True, "dropout": form.dropout, "encoder_prefix": True, "flat": True,
+              "init_weights_seed": None, "leave_out": [], "non_linearity": "tanh", "prefix_length": form.length, "shared_gating": True,
+              "use_gating": False}  # fmt: skip
+    return config, {f"prefix_tuning.prefix_tunings.{name}.self_prefix.control_trans": blocks.permute(2, 0, 1, 3).reshape(-1)}

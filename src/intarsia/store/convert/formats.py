@@ -62,8 +62,8 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
     ),
     "AdapterHub": (
         Format("bottleneck", "adapters, Compacter, PHM", "adapters", "outputs", "no invertible adapters; Compacter is not written"),
-        Format("lora", "LoRA, (IA)^3", "LoRA at q, k, v", "outputs", "DoRA and VeRA have other formulas there: refused"),
-        Format("prefix_tuning", "prefix, plain or with its network", "", "outputs", "no gate; relative positions (T5): refused"),
+        Format("lora", "LoRA, (IA)^3", "LoRA, multipliers at outputs", "outputs", "DoRA and VeRA have other formulas there: refused; written at q, k, v and, without a gate, the feed-forward layers"),
+        Format("prefix_tuning", "prefix, plain or with its network", "plain prefix, one stack", "outputs", "no gate; relative positions (T5): refused"),
         Format("reft", "LoReFT, NoReFT", "", "outputs", "DiReFT is stored as NoReFT, reported; T5's decoder: prompt only, reported"),
         Format("prompt_tuning", "", "", "tensors", "refused: the prompt stands behind the embedding norm, without positions"),
         Format("heads", "tagging heads of one layer", "", "outputs", "others are left out and reported"),
