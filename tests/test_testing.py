@@ -95,24 +95,22 @@ def test_no_site_anywhere() -> None:
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example is registered, found through an entry point, and passes its own test."""
     blocks = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL))
-    assert set(blocks) == {"gated_one", "test_gated_one"}
+    assert set(blocks) == {"rank_one", "test_rank_one"}
     for name, text in blocks.items():
         (tmp_path / f"{name}.py").write_text(text)
-    with (tmp_path / "gated_one.py").open("a") as file:
-        file.write('\nfrom intarsia.methods import METHODS\nROW = METHODS["gated_one"]\n')
-    info = tmp_path / "gated_one-1.dist-info"
+    info = tmp_path / "rank_one-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gated-one\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(re.search(r"```toml\n.*?\n(\[project.*?)```", PAGE.read_text("utf-8"), re.DOTALL)[1].replace("project.entry-points.", "").replace('"', "", 2).replace('"gated_one:ROW"', "gated_one:ROW"))  # type: ignore[index]
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rank-one\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(re.search(r"```toml\n.*?\n(\[project.*?)```", PAGE.read_text("utf-8"), re.DOTALL)[1].replace("project.entry-points.", "").replace('"', "", 2).replace('"rank_one:ROW"', "rank_one:ROW"))  # type: ignore[index]
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(METHODS, "_plugins_loaded", False)
     try:
-        assert METHODS["gated_one"].build(scale=1.0).settings == {"scale": 1.0}
-        import test_gated_one  # type: ignore[import-not-found]
+        assert METHODS["rank_one"].build(scale=1.0).settings == {"scale": 1.0}
+        import test_rank_one  # type: ignore[import-not-found]
 
-        test_gated_one.test_gated_one()
-        assert len(blocks["gated_one"].splitlines()) < 60
+        test_rank_one.test_rank_one()
+        assert len(blocks["rank_one"].splitlines()) < 60
     finally:
-        METHODS._items.pop("gated_one", None)
+        METHODS._items.pop("rank_one", None)
         for name in blocks:
             sys.modules.pop(name, None)
