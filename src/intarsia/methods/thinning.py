@@ -113,23 +113,31 @@ class Prune:
             raise SpecError(f"pruning needs at least 2 rounds, a share between 0 and 1 and late >= 0, found {self}")
 
     def ends(self, total: int) -> list[int]:
-        """Steps after which entries are taken away."""
-        return sorted({total * r // self.rounds for r in range(1, self.rounds)} - {0})
+        """Steps after which entries are taken away.
+
+        Raises:
+            SpecError: the training is too short for the rounds, or its first round for the step to rewind to.
+        """
+        first = total // self.rounds
+        if first <= self.late:
+            raise SpecError(f"{self.rounds} rounds in {total} steps have {first} steps each, and pruning rewinds to step {self.late}; train longer or in fewer rounds")
+        return [total * r // self.rounds for r in range(1, self.rounds)]
 
     def settled(self, total: int) -> int:
         """The step after which the entries stay."""
-        return max(self.ends(total), default=0)
+        return self.ends(total)[-1]
 
     @torch.no_grad()
     def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
         forms = {name: form for name, form in parts.items() if isinstance(form, TicketForm)}
         if self.late and step == self.late:
             memory.update({name: form.value.detach().clone() for name, form in forms.items()})
-        if step not in self.ends(total) or step < self.late:
+        if step not in self.ends(total):
             return
         left = sum(int(form.mask.sum()) for form in forms.values())
         scores = {}
         for name, form in forms.items():
+            assert isinstance(form.start, Tensor), "a step comes after a forward pass"
             size = (form.start.to(form.value) + form.value).abs()
             scores[name] = torch.where(form.mask, size, -1.0).flatten().cpu()
         for name, index in best(scores, left - int(self.share * left)).items():
@@ -181,6 +189,8 @@ class Regrow:
 
     @torch.no_grad()
     def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
+        if total <= self.every:
+            raise SpecError(f"entries are exchanged every {self.every} steps, and this training has {total}; set `every` below that")
         if not self._within(step):
             return
         for name, factor in _sparse(parts).items():
