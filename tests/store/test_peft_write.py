@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from intarsia.patches import Head
 from intarsia.sites import resolve
 from intarsia.store.convert import read_peft, write_peft
 from tests.host.kit import disturb
-from tests.store.peers import inputs, logits, tiny
+from tests.store.peers import inputs, logits, oracle, tiny
 from tests.store.test_peft_read import read, sample
 
 REVERSIBLE = ("lora", "lora_dora", "lora_rslora_bias", "lora_lorabias", "ia3", "loha", "lokr", "oft", "hra", "miss", "fourierft", "c3a", "road",
@@ -196,6 +197,28 @@ def test_a_head_and_label_names_are_left_out_and_said(tmp_path: Path) -> None:
     _, module = made("bert", build("lora", rank=2).with_head(Head(("x", "y"))))
     report = write(module, "bert", tmp_path / "out")
     assert not report.complete and any("head" in text for text in report.left_out) and any("label names (x, y)" in text for text in report.left_out)
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_token_head_becomes_the_models_own(standardise: bool, tmp_path: Path) -> None:
+    """`modules_to_save`: linear over every token, as the class with that head has it."""
+    model = oracle("tiny").bert(oracle("tiny").BertForTokenClassification)
+    host = Host(model).add("m", build("lora", rank=2).with_head(Head(("x", "y", "z"), "token", standardise=standardise)))
+    disturb(host, "m", 3, 0.3)
+    module = host.extract("m")
+    if standardise:
+        moved = {"logits/head.mean": torch.linspace(-1, 1, 32), "logits/head.scale": torch.linspace(0.5, 2, 32)}
+        module = replace(module, name="n", tensors={**module.tensors, **moved})
+        host.remove("m").insert(module, name="m")
+    write_peft(module, tmp_path / "out", sites=host.sites, weights=model.state_dict(), task_type="TOKEN_CLS")
+    assert "classifier" in json.loads((tmp_path / "out/adapter_config.json").read_text())["modules_to_save"]
+    back, report = read_peft(tmp_path / "out", sites=host.sites, base=host.fingerprint, weights=model.state_dict())
+    assert report.complete
+    host.insert(back, name="back")
+    with host.using("m"):
+        want = logits(host.model, "bert")
+    with host.using("back"):
+        torch.testing.assert_close(logits(host.model, "bert"), want, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -244,23 +244,23 @@ def _at_layers(sites: SiteMap, leaves: Sequence[tuple[Site, dict[str, Tensor]]],
     forward: dict[tuple[str, int], set[str]] = {}
     fused: dict[str, dict[str, dict[str, Tensor]]] = {}
     gated = any(site.name.endswith("ffn.gate") for site in sites.values())
-    for site, found in leaves:
+    for site, own in leaves:
         parts = site.name.split(".")
         sublayer, word = (parts[-2], parts[-1]) if len(parts) > 1 else ("", "")
         if site.layer is None or (sublayer, word) not in _PLACES or (sublayer == "ffn" and gated):
             raise ModuleError(f"{site.name}: only q, k and v and, in models without a gate, both feed-forward layers are written; adapters names others differently from model to model")
         {"attn": words, "xattn": cross, "ffn": forward}[sublayer].setdefault((site.stack, site.layer), set()).add(word)
         if site.view is not None:
-            fused.setdefault(site.path, {})[word] = found
+            fused.setdefault(site.path, {})[word] = own
         else:
-            tensors |= {f"{site.path}.loras.{name}.{leaf}": tensor for leaf, tensor in found.items()}
+            tensors |= {f"{site.path}.loras.{name}.{leaf}": tensor for leaf, tensor in own.items()}
     for path, shares in fused.items():  # side by side, in the order q, k, v
         order = [word for word in "qkv" if word in shares]
         for leaf in shares[order[0]]:
             tensors[f"{path}.loras.{name}.{leaf}"] = torch.cat([shares[word][leaf] for word in order])
     every = {*words, *forward}
     uneven = any(kind and set(kind) != (every if kind is not cross else {k for k in every if k[0] == "decoder"}) for kind in (words, forward, cross))
-    if uneven or any(len(set(map(frozenset, kind.values()))) > 1 for kind in (forward, {**words, **{("x", *k): v for k, v in cross.items()}})):
+    if uneven or any(len(set(map(frozenset, found))) > 1 for found in (forward.values(), [*words.values(), *cross.values()])):
         raise ModuleError(f"layers have it at unlike places ({listing(''.join(sorted(w)) for w in [*words.values(), *forward.values()])}); one configuration cannot say so")
     matrices, inner = (next(iter(kind.values()), set()) for kind in (words, forward))
     numbers = [(stack, i) for stack, count in sites.layers.items() for i in range(count)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from intarsia.errors import ModuleError, SiteError, listing
 from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Attend, Const, Core, Dense, Diag, Free, LowRank, Matrix, Sparse, Tokens
+from intarsia.patches import Add, Affine, Attend, Const, Core, Dense, Diag, Free, Head, LowRank, Matrix, Sparse, Tokens
 from intarsia.sites.address import Site, SiteMap
 from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.paths import Paths, suffixes
@@ -53,6 +53,7 @@ class _Writing:
     rows: dict[str, tuple[Site, dict[int, Tensor]]] = field(default_factory=dict)
     inner: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
+    replaced: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
 
@@ -131,12 +132,31 @@ def _by_place(module: Module, writing: _Writing) -> dict[tuple[str, Patch], dict
         name, _, leaf = rest.partition(".")
         if site == "tied" or name not in patches:
             raise ModuleError(f"{key!r} is shared by all sites; peft has no place for it. Take the module with host.extract(name, flatten=True)")
+        if patches[name].port == "logits" and _token_head(writing, patches[name], module, site, name):
+            continue
         if patches[name].port == "logits":
             text = f"{key} {tuple(tensor.shape)}: a head on the final hidden states; peft keeps only the model class's own"
             writing.left_out.append(text)
             continue
         found.setdefault((site, patches[name]), {})[leaf] = tensor
     return found
+
+
+def _token_head(writing: _Writing, patch: Patch, module: Module, site: str, name: str) -> bool:
+    """Whether a head over every token is the model's own linear classifier, which then takes its values."""
+    form = patch.form
+    if not (isinstance(form, Head) and form.pooling == "token"):
+        return False
+    found = {leaf: as_float(module.tensors[f"{site}/{name}.{leaf}"]) for leaf in ("weight", "bias")}
+    if form.standardise:  # centre and scale go into the linear map
+        found["weight"] = found["weight"] * module.tensors[f"{site}/{name}.scale"]
+        found["bias"] = found["bias"] - found["weight"] @ module.tensors[f"{site}/{name}.mean"]
+    for path in sorted(writing.paths.known):
+        if path in TASK_HEADS["TOKEN_CLS"] and (path, "bias") in writing.paths.params and writing.paths.weight(path).shape == tuple(found["weight"].shape):
+            writing.heads.add(path)
+            writing.replaced |= {(path, leaf): tensor for leaf, tensor in found.items()}
+            return True
+    return False
 
 
 def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tensor]) -> None:
@@ -334,6 +354,8 @@ def _base_value(writing: _Writing, path: str, param: str) -> Tensor | None:
 
 def _new_value(writing: _Writing, path: str, param: str) -> Tensor | None:
     """A parameter's value with its change, None if the model has no such parameter."""
+    if (path, param) in writing.replaced:
+        return writing.replaced[path, param]
     old = _base_value(writing, path, param)
     if (path, param) not in writing.values:
         return old
