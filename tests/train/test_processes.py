@@ -39,3 +39,9 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path: Path) -> 
     texts = worker.launch(2, "run", str(tmp_path), "poisoned", code=1, timeout=120)
     assert any("the loss is nan at step" in text and "No step was taken" in text for text in texts)
     assert all("TrainingError: the loss is nan" in text or "TrainingError: the gradient is not finite" in text for text in texts)
+
+
+@pytest.mark.parametrize("method", ["spiel", "diff_pruning", "lottery"])
+def test_processes_choose_the_same_entries(method: str) -> None:
+    first, second = answers(worker.launch(2, "thin", method))
+    assert first == second

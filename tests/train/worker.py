@@ -82,8 +82,15 @@ def run(folder: str, mode: str) -> None:
     print(json.dumps({"digest": result.module.digest, "metrics": result.metrics, "steps": result.steps}), flush=True)
 
 
+def thin(method: str) -> None:
+    """Print the digest of a module whose method moves its entries."""
+    from tests.train import test_thinning
+
+    print(json.dumps({"digest": test_thinning.run(method)[1].module.digest}), flush=True)
+
+
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    {"updates": updates, "run": run}[sys.argv[1]](*sys.argv[2:])
+    {"updates": updates, "run": run, "thin": thin}[sys.argv[1]](*sys.argv[2:])

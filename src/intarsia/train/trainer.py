@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +46,7 @@ class Step(nn.Module):
     neither writes to its configuration nor chooses a loss by its class.
     """
 
-    def __init__(self, host: Host, expression: Any, head: str | None, task: Task, precision: str) -> None:
+    def __init__(self, host: Host, expression: Any, head: str | None, task: Task, precision: str, penalty: Callable[[], Tensor | None] | None = None) -> None:
         super().__init__()
         self.model = host.model
         self.__dict__["host"] = host
@@ -54,11 +54,15 @@ class Step(nn.Module):
         self.head = head
         self.task = task
         self.precision = precision
+        self.__dict__["penalty"] = penalty or (lambda: None)
         self.more: Mapping[str, Any] = {}
         """What the present step adds to the call's context."""
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the losses of a batch, []."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Sum of the losses of a batch, [], and the method's penalty where it is due, [].
+
+        Both come from here: DistributedDataParallel takes a parameter that no output depends on for unused.
+        """
         autocast: Any = contextlib.nullcontext()
         if self.precision == "bf16":
             autocast = torch.autocast(self.model.device.type, torch.bfloat16)
@@ -67,7 +71,7 @@ class Step(nn.Module):
         if isinstance(outputs.get("logits"), Tensor):
             outputs["logits"] = outputs["logits"].float()  # losses are summed in float32
         total, _ = self.task.loss(outputs, batch)
-        return total
+        return total, self.__dict__["penalty"]()
 
 
 class Watch(Protocol):
@@ -195,7 +199,7 @@ class ModuleTrainer(Trainer):
         self._bad: tuple[float, tuple[int, ...]] | None = None
         self._rows: tuple[int, ...] = ()
         self.rules = Rules(host, name, recipe.seed, args.max_steps)
-        self.step_module = Step(host, expression, head, task, recipe.precision)
+        self.step_module = Step(host, expression, head, task, recipe.precision, self.rules.penalty)
         hooks = _Hooks()
         super().__init__(
             model=self.step_module,
@@ -250,13 +254,12 @@ class ModuleTrainer(Trainer):
         micro: Micro = inputs["micro"]
         self._modes()
         batch = moved(micro.batch, self.args.device)
-        total = model(batch)
+        total, penalty = model(batch)
         scale = self.args.world_size / float(num_items_in_batch)
         loss = total * scale if micro.counts else total * 0.0
         if not bool(torch.isfinite(total)):
             self._bad = self._bad or (float(total.detach()), micro.rows)
             loss = loss * math.nan  # so that every process sees it in the averaged gradient and stops
-        penalty = self.rules.penalty()
         if penalty is not None:
             loss = loss + penalty
         self.accelerator.backward(loss)
