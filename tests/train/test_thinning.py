@@ -17,6 +17,7 @@ from intarsia.methods.thinning import L0, Project, Prune, Regrow
 from intarsia.patches.masks import HardConcreteFactor, gate, largest, open_chance
 from intarsia.train import Interrupted, Recipe, train
 from intarsia.train.loop import Result
+from intarsia.train.rates import optimiser_groups
 from tests.train import make
 from tests.train.test_resume import SignalAfter
 
@@ -193,6 +194,15 @@ def test_a_training_too_short_for_its_rule_is_refused(method: str, settings: dic
     host, task = make.host("classify", method, **settings)
     with pytest.raises(SpecError, match=message):
         train(host, "m", task, make.table(24), recipe=RECIPE)
+
+
+def test_decay_reaches_chosen_entries_of_matrices_and_no_vector() -> None:
+    host, _ = make.host("classify", "fish", density=0.05, rows=4)
+    groups = optimiser_groups(host, "m", replace(RECIPE, weight_decay=0.1))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    found = {name: id(p) in decayed for name, p in host.parameters("m").items() if name.endswith(".values")}
+    assert {name for name, yes in found.items() if yes} == {n for n in found if n.split("/")[0].endswith(".weight") and ".norm." not in n}
+    assert set(found.values()) == {True, False}
 
 
 def test_unknown_shares_are_refused() -> None:

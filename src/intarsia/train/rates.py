@@ -50,6 +50,13 @@ def rates(method: Method, recipe: Recipe) -> dict[str, Rate]:
     return found
 
 
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices and to chosen entries of one, not to biases, norms and other vectors."""
+    site, _, leaf = name.partition("/")
+    entries = leaf.endswith(".values") and site.endswith(".weight") and ".norm." not in f".{site}"
+    return parameter.dim() > 1 or entries
+
+
 def groups(tagged: Mapping[str, Mapping[str, nn.Parameter]], known: Mapping[str, Rate]) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser; every parameter is in exactly one.
 
@@ -61,11 +68,11 @@ def groups(tagged: Mapping[str, Mapping[str, nn.Parameter]], known: Mapping[str,
     found: list[dict[str, Any]] = []
     for tag, parameters in tagged.items():
         rate = known.get(tag, known[""])
-        fresh = [p for p in parameters.values() if id(p) not in taken and not taken.add(id(p))]  # type: ignore[func-returns-value]
-        for decays in (True, False):
-            chosen = [p for p in fresh if (p.dim() > 1) == decays]
+        fresh = [(k, p) for k, p in parameters.items() if id(p) not in taken and not taken.add(id(p))]  # type: ignore[func-returns-value]
+        for wanted in (True, False):
+            chosen = [p for k, p in fresh if decays(k, p) == wanted]
             if chosen:
-                weight_decay = rate.decay if decays else 0.0
+                weight_decay = rate.decay if wanted else 0.0
                 found.append({"params": chosen, "lr": rate.learning_rate, "weight_decay": weight_decay, "tag": tag})
     return found
 
