@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from intarsia.cli import bases, bench, convert, data, demo, evaluate, inspect, merge, methods, module, predict, train
+from intarsia.cli import (
+    bases,
+    bench,
+    convert,
+    data,
+    demo,
+    evaluate,
+    explain,
+    inspect,
+    merge,
+    methods,
+    module,
+    predict,
+    train,
+)
 
 EPILOG = "Errors: one line on standard error; exit codes 1 failed, 2 usage, 3 data, 4 model or module, 5 file. Offline unless told otherwise."
 
@@ -37,5 +51,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, module, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, merge, convert, bases, bench):
     _room.register(app)
