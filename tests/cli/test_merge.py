@@ -142,6 +142,21 @@ def test_tied_embeddings_stay_tied_and_a_change_of_one_side_is_refused(cli: Here
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5", "opt"])
+def test_other_families(cli: Here, room: Path, tmp_path: Path, family: str) -> None:
+    """Transposed weights, an encoder with a decoder, biases."""
+    zoo.make(family)[0].save_pretrained(tmp_path / "base")
+    bases.load(room / "base").tokenizer.save_pretrained(tmp_path / "base")
+    loaded = bases.load(tmp_path / "base")
+    host = Host(loaded.model, tokenizer=loaded.tokenizer).add("m", build("lora", rank=2, at="attn.{q,v}, ffn.down"))
+    disturb(host, "m", 0)
+    save(host.extract("m"), tmp_path / "m.safetensors")
+    words = ("merge", *given(tmp_path, "m"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "new"), "--json", "--", "-2*m")
+    assert cli(*words).ok().json["largest_difference"] < 1e-4
+    plain, new = (folding.outputs(bases.load(tmp_path / name).model, loaded.tokenizer, [TEXT]) for name in ("base", "new"))
+    assert folding.difference(plain, new)[0] > 1e-3, "nothing was merged"
+
+
 def test_probes_come_from_a_file(cli: Here, room: Path, tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("cat\n\ndog bird\n", "utf-8")
     words = ("merge", "a", *given(room, "a"), "--out", str(tmp_path / "new"), "--probe")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from intarsia.compose import Expr
     from intarsia.modules import Module
 
-Text = Annotated[str, typer.Argument(help="What is merged: 'a', '0.5*a + 0.5*b', 'lang >> task'.", metavar="EXPR")]
+Text = Annotated[str, typer.Argument(help="What is merged: 'a', '0.5*a + 0.5*b', 'lang >> task'; last and after -- where it begins with a minus.", metavar="EXPR")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the new checkpoint; must not exist.")]
 ToModule = Annotated[Path | None, typer.Option("--to-module", help="Module file to write instead of a checkpoint; must not exist.")]
 How = Annotated[str | None, typer.Option("--how", help="With --to-module: weighted, average, ties, dare, magnitude, svd or union (weighted).")]
