@@ -79,6 +79,7 @@ def test_the_checkpoint_is_what_the_expression_does(cli: Here, room: Path, tmp_p
     torch.testing.assert_close(by_transformers(tmp_path / "new"), want, atol=2e-5, rtol=1e-5)
     assert 0 <= result["mean_difference"] <= result["largest_difference"] < 1e-4 and result["probes"] == len(folding.SENTENCES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
+    assert len({path.stat().st_mode for path in (tmp_path / "new").iterdir()}) == 1, "all files are readable by whom the umask says"
     card = (tmp_path / "new" / "README.md").read_text("utf-8")
     assert "expression" in card and names[0] in card and "swh" in card
 

@@ -36,7 +36,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # as the umask says; safetensors makes files that only their owner may read
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                path.chmod(mode)
             _sync(path)
         check_free(target)  # a rename would replace an empty folder made in the meantime
         temporary.rename(target)
