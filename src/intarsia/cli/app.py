@@ -19,6 +19,7 @@ from intarsia.cli import (
     methods,
     module,
     predict,
+    store,
     train,
 )
 
@@ -51,5 +52,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, store, merge, convert, bases, bench):
     _room.register(app)

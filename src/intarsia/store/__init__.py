@@ -1,1 +1,1 @@
-"""Modules kept and exchanged: other libraries' formats are in `convert`."""
+"""Modules kept and exchanged: the store is in `store`, other libraries' formats are in `convert`."""

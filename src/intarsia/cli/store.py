@@ -1,0 +1,159 @@
+"""`intarsia store`: modules kept by the hash of their bytes, with names, versions and tags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intarsia.cli.console import Console, size_text
+from intarsia.cli.verb import verb
+from intarsia.errors import ModuleError
+
+if TYPE_CHECKING:
+    from intarsia.store.store import Stored
+
+Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
+Reference = Annotated[str, typer.Argument(help="A name, name@version, name@tag, or 8 or more first digits of the sha256.")]
+
+
+def register(app: typer.Typer) -> None:
+    room = typer.Typer(help="Keep modules under names and versions.", no_args_is_help=True)
+    for name, function in (("add", add), ("ls", ls), ("show", show), ("verify", verify), ("tag", tag), ("rm", rm), ("gc", gc), ("export", export)):
+        verb(room, name)(function)
+    app.add_typer(room, name="store")
+
+
+def add(
+    console: Console,
+    file: Annotated[Path, typer.Argument(help="A module file (.safetensors).")],
+    name: Annotated[str | None, typer.Option("--name", help="Name in the store.", show_default="the module's own")] = None,
+    version: Annotated[str | None, typer.Option("--version", help="Version; begins with a digit.", show_default="the next number")] = None,
+    tags: Annotated[list[str] | None, typer.Option("--tag", help="A tag to move to it; may be repeated.")] = None,
+    store: Folder = None,
+) -> None:
+    """Verify a module file and keep it."""
+    from intarsia.store.store import Store
+
+    place = Store(store)
+    sha256 = place.add(file, name=name, version=version, tags=tags or ())
+    names = [f"{each}@{label}" for each, held in place.names().items() for label, value in held.items() if value == sha256]
+    console.result({"sha256": sha256, "names": names, "store": str(place.path)}, lambda: console.line(f"{sha256[:12]}  {', '.join(names)}"))
+
+
+def ls(
+    console: Console,
+    language: Annotated[str | None, typer.Option("--lang", help="BCP-47 tag or ISO 639 code.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Task, as in the card.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base, as in the card or the fingerprint.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Name of the method.")] = None,
+    store: Folder = None,
+) -> None:
+    """List modules; only headers are read."""
+    from intarsia.store.store import Store
+
+    place = Store(store)
+    asked = {"language": language, "task": task, "base": base, "method": method}
+    found = place.find(**asked) if any(value is not None for value in asked.values()) else place.entries()
+    for entry in found:
+        if entry.problem:
+            console.warn(entry.problem)
+    rows = [_summary(entry) for entry in found]
+    head = ["module", "names", "method", "languages", "task", "base", "size"]
+
+    def human() -> None:
+        if not rows:
+            console.line(f"no modules in {place.path}" + (" answer to that" if any(asked.values()) else ""))
+            return
+        console.table(
+            head,
+            [[r["sha256"][:12], ", ".join(r["names"]), r["method"], ", ".join(r["languages"]), r["task"], r["base"], r["size"] and size_text(r["size"])] for r in rows],
+        )
+
+    console.result(rows, human)
+
+
+def show(console: Console, module: Reference, store: Folder = None) -> None:
+    """Show what a module says of itself, and its names.  The tensors are not read."""
+    from intarsia.cli.module import _facts, describe
+    from intarsia.store.store import Store
+
+    place = Store(store)
+    sha256 = place.resolve(module)
+    header = place.header(sha256)
+    names = [f"{each}@{label}" for each, held in place.names().items() for label, value in held.items() if value == sha256]
+    payload = {"sha256": sha256, "names": names, **describe(header)}
+
+    def human() -> None:
+        console.line(f"{sha256}  {', '.join(names) or 'no name'}")
+        _facts(console, header, payload, verified=False)
+
+    console.result(payload, human)
+
+
+def verify(console: Console, module: Annotated[str | None, typer.Argument(help="One module; without it, all.")] = None, store: Folder = None) -> None:
+    """Read modules and check every byte, and that what they require is there."""
+    from intarsia.store.store import Store
+
+    place = Store(store)
+    problems = place.verify(module)
+    if problems:
+        for problem in problems[1:]:
+            console.note(problem)
+        raise ModuleError(f"store {place.path}: {len(problems)} problem{'s' * (len(problems) > 1)}: {problems[0]}")
+    console.result({"problems": []}, lambda: console.line("every byte verified"))
+
+
+def tag(console: Console, module: Annotated[str, typer.Argument(help="A name, name@version or name@tag.")], tag: Annotated[str, typer.Argument(help="The tag, such as 'best'.")], store: Folder = None) -> None:
+    """Move a tag to a version of a name."""
+    from intarsia.store.store import Store
+
+    sha256 = Store(store).tag(module, tag)
+    name = module.rpartition("@")[0] or module
+    console.result({"sha256": sha256, "tag": f"{name}@{tag}"}, lambda: console.line(f"{sha256[:12]}  {name}@{tag}"))
+
+
+def rm(console: Console, module: Annotated[str, typer.Argument(help="name@version, name@tag, or a name with all of them.")], store: Folder = None) -> None:
+    """Remove names; the bytes stay until `gc`."""
+    from intarsia.store.store import Store
+
+    removed = Store(store).remove(module)
+    console.result({"removed": removed}, lambda: console.line(f"removed {', '.join(removed)}"))
+
+
+def gc(
+    console: Console,
+    grace: Annotated[float, typer.Option("--grace", help="Keep what is younger, in seconds.")] = 3600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
+    store: Folder = None,
+) -> None:
+    """Remove modules that no name reaches, directly or because another module requires them."""
+    from intarsia.store.store import Store
+
+    done = Store(store).gc(grace=grace, dry_run=dry_run)
+    said = "would remove" if dry_run else "removed"
+    payload = {"removed": done.removed, "kept": done.kept, "freed": done.freed, "dry_run": dry_run}
+    console.result(payload, lambda: console.line(f"{said} {len(done.removed)}, {size_text(done.freed)}; kept {done.kept}"))
+
+
+def export(console: Console, module: Reference, out: Annotated[Path, typer.Argument(help="The new file.")], store: Folder = None) -> None:
+    """Copy a module's file out of the store, verified."""
+    from intarsia.store.store import Store
+
+    path = Store(store).export(module, out)
+    console.result({"path": str(path)}, lambda: console.line(str(path)))
+
+
+def _summary(entry: Stored) -> dict[str, Any]:
+    from intarsia.store.store import method_name
+
+    row: dict[str, Any] = {"sha256": entry.sha256, "names": list(entry.names), "problem": entry.problem}
+    header = entry.header
+    if header is None:
+        return {**row, "method": None, "languages": [], "task": None, "base": None, "size": None}
+    spoken = dict.fromkeys((*header.card.languages, *filter(None, [header.roles.get("language")])))
+    return {
+        **row, "method": method_name(header), "languages": list(spoken), "task": header.card.task or header.roles.get("task"),
+        "base": header.card.base or header.base.architecture, "size": header.size,
+    }  # fmt: skip
