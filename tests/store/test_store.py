@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from intarsia.errors import IntarsiaError, ModuleError, StoreError, UsageError
-from intarsia.modules import Card, Module, load, save
+from intarsia.modules import Card, Module, dumps, load, save
 from intarsia.store.store import Store
 from tests.modules import make
 
@@ -315,3 +315,45 @@ def test_a_killed_writer_leaves_old_or_new(store: Store) -> None:
         store.add(module(7 + round_))  # the dead writer's lock is free
     known = {path.name for path in store.path.iterdir()}
     assert known <= {"blobs", "names", ".lock"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open", "mkdir"])
+def test_a_writer_killed_at_every_step_leaves_old_or_new(store: Store, call: str) -> None:
+    old = store.add(module(0), tags=("best",))
+    new = hashlib.sha256(dumps(module(1, name="new"))).hexdigest()
+    finished = False
+    for step in itertools.count():
+        pid = os.fork()
+        if pid == 0:
+            kill_at(call, step)
+            store.add(module(1, name="new"), name="swh", version="2", tags=("best",))
+            store.add(module(1, name="new"), name="new")
+            os._exit(0)
+        if os.waitpid(pid, 0)[1] == 0:
+            finished = True
+        assert store.verify() == []
+        labels = store.names()["swh"]
+        assert labels["1"] == old and labels["best"] in (old, labels.get("2")) and labels.get("2") in (None, new)
+        if finished:
+            break
+        if "2" in labels:
+            store.tag("swh@1", "best")
+            store.remove("swh@2")
+        if "new" in store.names():
+            store.remove("new")
+        store.gc(grace=0)
+        assert [entry.sha256 for entry in store.entries()] == [old]
+        assert {path.name for path in store.path.rglob("*")} == {".lock", "blobs", "names", f"{old}.safetensors", "swh", "1", "best"}
+    assert step > 0 and store.resolve("swh@best") == new
+
+
+def kill_at(call: str, step: int) -> None:
+    """Make this process kill itself before the given call of a function of `os`."""
+    real, count = getattr(os, call), itertools.count()
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        if next(count) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    setattr(os, call, counted)

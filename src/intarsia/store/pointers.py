@@ -76,6 +76,14 @@ class Pointers:
             folder.rmdir()
             _sync_folder(self.folder)
 
+    def sweep(self, grace: float) -> None:
+        """Remove what killed writers left: temporary files older than `grace` seconds, and folders in which nothing stands."""
+        for folder in [self.folder / entry for entry in _listed(self.folder)]:
+            if real_folder(folder):
+                sweep_temporary(folder, grace)
+                if not os.listdir(folder):
+                    folder.rmdir()
+
     def _of(self, name: str) -> Path:
         name = check_store_name(name)
         real_folder(self.folder)  # refuses a link

@@ -259,11 +259,12 @@ class Store:
             kept = self._reached({sha256 for labels in self.names().values() for sha256 in labels.values()} | young)
             removed = [sha256 for sha256 in hashes if sha256 not in kept]
             freed = sum(self._blob(sha256).lstat().st_size for sha256 in removed)
-            if not dry_run and hashes:
+            if not dry_run and real_folder(self._blobs):
                 for sha256 in removed:
                     self._blob(sha256).unlink()
+                sweep_temporary(self._blobs, grace)
                 _sync_folder(self._blobs)
-                sweep_temporary(self._blobs)
+                self._pointers.sweep(grace)
         return Collected(tuple(removed), len(hashes) - len(removed), freed)
 
     def export(self, reference: str, path: str | os.PathLike[str]) -> Path:
