@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import CompositionError, SiteError
-from intarsia.host.call import Call
+from intarsia.host.call import CALLS, Call, State
 from intarsia.host.parts import bias_of, weight_of
 from intarsia.patches.delta import Positions
 from intarsia.sites.address import Site
@@ -24,7 +24,7 @@ class View:
 
     __slots__ = (
         "_asked", "_embedding", "_given", "_input", "_module", "_norm", "_part", "_reads", "_residual", "_rows", "_size",
-        "call", "site",
+        "_state", "call", "site",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +42,7 @@ class View:
         rows: Tensor | None = None,
         size: int = 0,
         part: int = 0,
+        state: State | None = None,
     ) -> None:
         self.site = site
         self.call = call
@@ -55,6 +56,7 @@ class View:
         self._rows = rows
         self._size = size
         self._part = part
+        self._state = state
         self._asked: dict[Any, int] = {}
 
     def of_rows(self, rows: Tensor, size: int, part: int) -> View:
@@ -72,6 +74,7 @@ class View:
             rows=rows,
             size=size,
             part=part,
+            state=self._state,
         )
 
     def _cut(self, value: Tensor | None, what: str) -> Tensor:
@@ -119,7 +122,17 @@ class View:
 
     def normed(self, h: Tensor) -> Tensor:
         total = h + self.residual
-        return total if self._norm is None else self._norm(total)
+        if self._norm is None:
+            return total
+        if self._rows is None or self._state is None or torch.compiler.is_compiling():
+            return self._norm(total)
+        # modules on the norm itself see these rows only, all with this expression
+        alone = Call.of((self.call.exprs[self._part],), None, self.call.head, self.call.context)
+        token = CALLS.set({**CALLS.get(), self._state: alone})
+        try:
+            return self._norm(total)
+        finally:
+            CALLS.reset(token)
 
     def context(self, key: str) -> Any:
         if key not in self.call.context:

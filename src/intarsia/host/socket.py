@@ -169,7 +169,7 @@ class Socket(Child):
             if call.rows is not None:
                 refuse_rows(site)
             noted = self.state.noted()
-            seen = View(site, call, module=module, input=given, norm=self.norm, given=noted, **surroundings)
+            seen = View(site, call, module=module, input=given, norm=self.norm, given=noted, state=self.state, **surroundings)
             part = h if site.view is None else cut(h, site)
             value = run_rows(call, part, seen, slot, fresh and site.view is None)  # type: ignore[arg-type]
             fresh = False
