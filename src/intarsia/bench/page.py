@@ -106,6 +106,8 @@ def verdict(method: str, scores: Sequence[float], reference: Sequence[float]) ->
     if method == REFERENCE or not reference:
         return ""
     gain = statistics.fmean(scores) - statistics.fmean(reference)
+    if abs(gain) < 5e-4:
+        return "equal"
     return f"{gain:+.3f}" if gain > 0 else f"{gain:+.3f} (below)"
 
 
