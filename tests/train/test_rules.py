@@ -64,7 +64,7 @@ def test_the_penalty_is_part_of_what_is_minimised() -> None:
     train(host, "m", task, make.table(24), recipe=RECIPE)
     plain, task = make.host("classify", "adalora", rank=3, orthogonality=0.0)
     train(plain, "m", task, make.table(24), recipe=RECIPE)
-    skewed = [float(sum(t for f in h.forms("m").values() for c in f.modules() if hasattr(c, "skewness") for t in c.skewness())) for h in (host, plain)]
+    skewed = [float(sum(t for f in h.forms("m").values() for c in f.modules() if hasattr(c, "skewness") for t in c.skewness()).detach()) for h in (host, plain)]
     assert float(host.penalty("m").detach()) < before and skewed[0] < skewed[1]
 
 

@@ -27,7 +27,10 @@ except Interrupted as error:
 
 
 def start(how: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", LOOP, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def heard() -> None:  # under nohup children would be born deaf to SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = subprocess.Popen([sys.executable, "-c", LOOP, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
