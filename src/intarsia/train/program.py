@@ -133,6 +133,6 @@ def squares(
                 gradients = torch.autograd.grad(loss / max(int(terms), 1), list(values.values()), allow_unused=True)
             for key, gradient in zip(values, gradients):
                 if gradient is not None:
-                    total[key] += gradient.detach().square()
+                    total[key].addcmul_(gradient, gradient)
             count += 1
     return {key: value / max(count, 1) for key, value in total.items()}
