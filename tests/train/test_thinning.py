@@ -13,8 +13,10 @@ from torch import Tensor
 from intarsia.errors import SpecError
 from intarsia.host import Host
 from intarsia.methods import build
-from intarsia.methods.thinning import L0, Project, Prune, Regrow
+from intarsia.methods.regrow import Regrow, RegrowByMomenta
+from intarsia.methods.thinning import L0, Project, Prune
 from intarsia.patches.masks import HardConcreteFactor, gate, largest, open_chance
+from intarsia.patches.sparse import SparseFactor
 from intarsia.train import Interrupted, Recipe, train
 from intarsia.train.loop import Result
 from intarsia.train.rates import optimiser_groups
@@ -29,11 +31,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "diff_pruning": {"density": 0.01, "l0": 1e-5},
     "lottery": {"rounds": 3, "share": 0.2},
 }
+MA = {"density": 0.05, "every": 3, "rate": 0.5, "by": "momenta"}
 
 
 def run(method: str, folder: Path | None = None, recipe: Recipe = RECIPE, **more: Any) -> tuple[Host, Result]:
     host, task = make.host("classify", method, **METHODS[method])
     return host, train(host, "m", task, make.table(24), recipe=recipe, run_dir=folder, **more)
+
+
+def run_ma(folder: Path | None = None, **more: Any) -> tuple[Host, Result]:
+    host, task = make.host("classify", "spiel", **MA)
+    return host, train(host, "m", task, make.table(24), recipe=RECIPE, run_dir=folder, **more)
 
 
 def parts(host: Host, leaf: str) -> dict[str, Tensor]:
@@ -119,6 +127,49 @@ def test_spiel_grows_where_gradients_are_largest_and_seeds_the_moments() -> None
     torch.testing.assert_close(states[factor.values]["exp_avg"], mean * (1 - 0.9**2))
     squares = torch.stack([g.flatten()[expected].square() for g in drawn]).mean(0)
     torch.testing.assert_close(states[factor.values]["exp_avg_sq"], squares * (1 - 0.999**2))
+
+
+def test_spiel_by_momenta_takes_no_dense_gradient_and_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparseFactor, "collect", lambda *a: pytest.fail("no gradient of a whole tensor is asked for"))
+    host, _ = make.host("classify", "spiel", **MA)
+    before = parts(host, "index")
+    host, result = run_ma()
+    after = parts(host, "index")
+    assert before and all(len(after[k]) == len(before[k]) and not torch.equal(before[k], after[k]) for k in before)
+    assert all(bool((t[1:] > t[:-1]).all()) for t in after.values())
+    with pytest.raises(Interrupted):
+        run_ma(tmp_path, callbacks=[SignalAfter(5)])
+    assert run_ma(tmp_path, resume=True)[1].module.digest == result.module.digest
+
+
+def test_sm3_accumulators_and_what_they_choose() -> None:
+    """Three steps by hand: sums per row and column, and the entries whose row and column are largest."""
+    host, _ = make.host("classify", "spiel", **MA)
+    forms = {k: f for k, f in host.forms("m").items() if k.endswith("/delta")}
+    name, form = next(iter(forms.items()))
+    factor, rule, memory = form.factor, RegrowByMomenta(3, 0.5), {}
+    out, width = factor.shape
+    rows, columns = [0.0] * out, [0.0] * width
+    old, count = factor.index.long().clone(), len(factor.index)
+    states = {f.factor.values: {"step": torch.tensor(3.0), "exp_avg": torch.ones_like(f.factor.values), "exp_avg_sq": torch.ones_like(f.factor.values)} for f in forms.values()}
+    torch.manual_seed(0)
+    for step in (1, 2, 3):
+        for f in forms.values():
+            f.factor.values.grad = torch.randn(len(f.factor.values))
+        sums = [min(rows[i // width], columns[i % width]) + float(g) ** 2 for i, g in zip(old.tolist(), factor.values.grad)]
+        for i, s in zip(old.tolist(), sums):
+            rows[i // width] = max(rows[i // width], s)
+            columns[i % width] = max(columns[i % width], s)
+        rule.after_step(step, 100, forms, memory, states)
+    torch.testing.assert_close(memory[f"{name}.rows"], torch.tensor(rows))
+    torch.testing.assert_close(memory[f"{name}.columns"], torch.tensor(columns))
+    estimate = torch.tensor(rows)[:, None] * torch.tensor(columns)
+    estimate.view(-1)[old] = -1
+    expected = estimate.flatten().topk(count).indices.sort().values
+    assert factor.index.tolist() == expected.tolist() and not bool(factor.values.any())
+    second = torch.minimum(torch.tensor(rows)[expected // width], torch.tensor(columns)[expected % width]) / 3
+    torch.testing.assert_close(states[factor.values]["exp_avg_sq"], second * (1 - 0.999**3))
+    assert not bool(states[factor.values]["exp_avg"].any())
 
 
 def test_gates_have_their_closed_forms() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from intarsia.methods.method import Group, Method, Patch, Policy, row
+from intarsia.errors import SpecError
+from intarsia.methods.method import Group, Method, Patch, Policy, StepRule, row
+from intarsia.methods.regrow import Regrow, RegrowByMomenta
 from intarsia.methods.subset import LINEARS, entries
-from intarsia.methods.thinning import L0, Project, Prune, Regrow
+from intarsia.methods.thinning import L0, Project, Prune
 from intarsia.patches import Columns, HardConcrete, Matrix, Mul, Rot, Sparse, Ticket, TopMask
 
 OUTPUTS = "{attn,xattn}.o.weight, ffn.down.weight"
@@ -44,7 +46,15 @@ def lottery(rounds: int = 4, share: float = 0.2, late: int = 0, at: str = LINEAR
 
 
 @row("spiel", equation="W' = W + D on k entries, of which some are dropped and others grown every few steps", source="Ansell et al. 2024, arXiv 2401.16405")
-def spiel(density: float = 0.005, every: int = 20, window: int = 5, rate: float = 0.2, seed: int = 0, at: str = LINEARS) -> Method:
-    """Sparse fine-tuning whose entries move: the smallest go, those with large accumulated gradients come (SpIEL-AG)."""
-    policy = Policy(learning_rate=1e-4, steps=(Regrow(every, window, rate),))
-    return entries("spiel", Sparse(density, seed=seed), at, policy)
+def spiel(
+    density: float = 0.005, every: int = 20, window: int = 5, rate: float = 0.2, by: str = "gradients", seed: int = 0, at: str = LINEARS
+) -> Method:
+    """Sparse fine-tuning whose entries move: the smallest go, those with large gradients come.
+
+    These are accumulated over a `window` (`by="gradients"`, SpIEL-AG), or estimated from those of the entries in the same row
+    and column (`by="momenta"`, SpIEL-MA), which takes no gradient of a whole matrix.
+    """
+    if by not in ("gradients", "momenta"):
+        raise SpecError(f"spiel grows by gradients or by momenta, found by={by!r}")
+    rule: StepRule = Regrow(every, window, rate) if by == "gradients" else RegrowByMomenta(every, rate)
+    return entries("spiel", Sparse(density, seed=seed), at, Policy(learning_rate=1e-4, steps=(rule,)))

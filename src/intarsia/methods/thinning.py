@@ -1,23 +1,22 @@
-"""Rules between steps that change which entries a module trains: projection, pruning in rounds, drop and grow.
+"""Rules between steps that thin what a module trains: projection, pruning in rounds.
 
 | rule | at | does |
 |---|---|---|
 | `Project` | once, after a share of the steps | keeps the largest gated differences of all tensors (diff pruning) |
 | `Prune` | the ends of all rounds but the last | takes away a share of what is left, by abs(weight), and rewinds the rest (lottery tickets) |
-| `Regrow` | every few steps | drops the smallest differences and grows entries where gradients are large (SpIEL-AG) |
 
 All choices are exact in number; ties go to the first by order of the sites and position.  What they remember is in the
-checkpoint, so an interrupted training makes the same choices.  Penalty of the gates: `L0`.
+checkpoint, so an interrupted training makes the same choices.  After each choice the optimiser's moments and the
+learning-rate schedule begin anew (`stages`).  Penalty of the gates: `L0`.
+What is not here: entries that move (`regrow.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from intarsia._codec import register
@@ -25,7 +24,7 @@ from intarsia.errors import SpecError
 from intarsia.methods.method import States
 from intarsia.patches.masks import HardConcreteFactor, TicketForm
 from intarsia.patches.matrix import MatrixForm
-from intarsia.patches.sparse import SparseFactor, best
+from intarsia.patches.sparse import best
 
 
 def gated(parts: Sequence[nn.Module]) -> Iterator[HardConcreteFactor]:
@@ -146,105 +145,3 @@ class Prune:
             mask[index] = True
             form.thin(mask.view(form.mask.shape).to(form.mask.device), memory.get(name))
             clear(states, [form.value])
-
-
-@register("regrow")
-@dataclass(frozen=True, slots=True)
-class Regrow:
-    """SpIEL-AG (Ansell et al. 2024, arXiv 2401.16405): the number of entries of a tensor never changes.
-
-    The window before a choice collects the gradient of the whole tensor: its first step names as many candidates as there
-    are entries, the others add up at these.  Grown entries start at zero with the moments that the window's gradients give.
-
-    Attributes:
-        every: steps between two choices.
-        window: steps whose gradients are collected.
-        rate: share of the entries that is exchanged, falling linearly to zero over the run; the first choice exchanges all.
-        betas: of the optimiser, for the moments of grown entries.
-    """
-
-    every: int = 20
-    window: int = 5
-    rate: float = 0.2
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or self.every < self.window or not 0.0 < self.rate <= 1.0:
-            raise SpecError(f"regrowing needs 1 <= window <= every and a rate above 0 and at most 1, found {self}")
-
-    def begin(self, step: int, parts: Mapping[str, nn.Module], memory: Mapping[str, Tensor]) -> None:
-        """Before a step's first forward pass: have the gradients of whole tensors collected where the step is in a window."""
-        within = self._within(step)
-        for factor in _sparse(parts).values():
-            factor.collect(within)
-
-    def _within(self, step: int) -> bool:
-        return (step - 1) % self.every >= self.every - self.window
-
-    def exchanged(self, step: int, total: int, count: int) -> int:
-        """Entries that are dropped at the end of a step, out of `count`."""
-        if step % self.every or step >= total:
-            return 0
-        return count if step == self.every else int(self.rate * (1 - step / total) * count)
-
-    @torch.no_grad()
-    def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
-        if total <= self.every:
-            raise SpecError(f"entries are exchanged every {self.every} steps, and this training has {total}; set `every` below that")
-        if not self._within(step):
-            return
-        for name, factor in _sparse(parts).items():
-            gradient = _averaged(factor.collected(), factor.values)
-            self._note(name, factor, gradient, memory)
-            count = self.exchanged(step, total, len(factor.index))
-            if count:
-                self._exchange(name, factor, count, memory, states.get(factor.values, {}))
-            if step % self.every == 0:
-                for key in ("candidates", "sum", "squares"):
-                    memory.pop(f"{name}.{key}", None)
-
-    def _note(self, name: str, factor: SparseFactor, gradient: Tensor, memory: dict[str, Tensor]) -> None:
-        key = f"{name}.candidates"
-        if key not in memory:
-            size = gradient.abs()
-            size[factor.index.long()] = -1.0  # entries that are there already are no candidates
-            fresh = min(len(factor.index), len(size) - len(factor.index))
-            memory[key] = size.argsort(descending=True, stable=True)[:fresh].sort().values
-            memory[f"{name}.sum"] = torch.zeros(fresh, dtype=gradient.dtype, device=gradient.device)
-            memory[f"{name}.squares"] = torch.zeros_like(memory[f"{name}.sum"])
-        at = gradient[memory[key]]
-        memory[f"{name}.sum"] = memory[f"{name}.sum"] + at
-        memory[f"{name}.squares"] = memory[f"{name}.squares"] + at.square()
-
-    def _exchange(self, name: str, factor: SparseFactor, count: int, memory: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        candidates, total, squares = (memory[f"{name}.{key}"] for key in ("candidates", "sum", "squares"))
-        count = min(count, len(candidates))
-        stay = factor.values.abs().argsort(descending=True, stable=True)[: len(factor.index) - count]
-        grown = total.abs().argsort(descending=True, stable=True)[:count]
-        index = torch.cat((factor.index.long()[stay], candidates[grown]))
-        order = index.argsort()
-        zero = torch.zeros(count, dtype=factor.values.dtype, device=factor.values.device)
-        steps = float(state.get("step", 0))
-        fresh = {
-            "exp_avg": total[grown] / self.window * (1 - self.betas[0] ** steps),
-            "exp_avg_sq": squares[grown] / self.window * (1 - self.betas[1] ** steps),
-        }
-        for key, value in fresh.items():
-            if key in state:
-                state[key].copy_(torch.cat((state[key][stay], value.to(state[key])))[order])
-        factor.values.copy_(torch.cat((factor.values[stay], zero))[order])
-        factor.index.copy_(index[order])
-
-
-def _sparse(parts: Mapping[str, nn.Module]) -> dict[str, SparseFactor]:
-    return {name: form.factor for name, form in parts.items() if isinstance(form, MatrixForm) and isinstance(form.factor, SparseFactor)}
-
-
-def _averaged(found: Tensor | None, like: Tensor) -> Tensor:
-    """A step's gradient over all processes."""
-    assert found is not None, "the rule was not told that the step begins"
-    gradient = found.flatten().to(like.dtype)
-    if dist.is_initialized():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
