@@ -194,7 +194,10 @@ def test_a_wrong_hash_is_refused_and_mended_by_adding_again(store: Store) -> Non
 
 
 def test_verify_finds_missing_blobs_and_requirements(store: Store) -> None:
-    sha256 = store.add(module(0, requires=("ab" * 32,)))
+    with pytest.raises(StoreError, match="--allow-missing"):
+        store.add(module(0, requires=("ab" * 32,)))
+    assert store.names() == {}
+    sha256 = store.add(module(0, requires=("ab" * 32,)), allow_missing=True)
     assert ["requires digest" in problem for problem in store.verify()] == [True]
     assert len(store.verify("swh")) == 1
     (store.path / "blobs" / f"{sha256}.safetensors").unlink()

@@ -11,6 +11,7 @@ import typer
 from intarsia.cli.console import Console
 from intarsia.cli.options import AllowNetwork
 from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, module_files
+from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import BaseError, CompositionError, listing, nearest
 
@@ -44,11 +45,10 @@ def explain(
     from intarsia.compose import expr, names
     from intarsia.compose.explain import explain as told
     from intarsia.host import Host
-    from intarsia.modules import load
 
     parsed = expr(expression)
-    files = module_files(module)
-    modules = {name: load(path, name=name) for name, path in files.items()}
+    files = module_files(module, parsed)
+    modules = read_modules(files)
     for name in sorted(names(parsed)):
         if name not in modules:
             raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, modules)} given: {listing(modules) or 'none'}")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.options import parse_values
+from intarsia.cli.sources import header_of, pinned, read_modules
 from intarsia.errors import CompositionError, ModuleError, UsageError, listing, nearest
 
 if TYPE_CHECKING:
+    from intarsia.compose import Expr
     from intarsia.host import Host
     from intarsia.modules import Module
     from intarsia.tasks import BaseTask
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 BaseName = Annotated[str | None, typer.Option("--base", help="A folder, a name of `intarsia bases`, or a hub id; else what the module names.")]
 Modules = Annotated[
-    list[str] | None, typer.Option("--module", "-m", metavar="[NAME=]FILE", help="A module file; may be given several times.")
+    list[str] | None,
+    typer.Option("--module", "-m", metavar="[NAME=]FILE", help="A module file, or store:NAME@VERSION; may be given several times."),
 ]
 Expression = Annotated[
     str | None, typer.Option("--expr", help="What runs: 'swh >> ner', '0.5*de + 0.5*nl', 'average(a, b)'; else the only module.")
@@ -46,23 +49,27 @@ class Running:
     task: BaseTask[Any]
 
 
-def module_files(given: Sequence[str] | None) -> dict[str, str]:
+def module_files(given: Sequence[str] | None, expression: str | Expr | None = None) -> dict[str, str]:
     """`["a=x.safetensors", "y.safetensors"]` -> file by name; without a name it is the one in the file.
+
+    Modules of the store (`store:NAME@VERSION`) are pinned to the hash of their file, see `sources.pinned`.
+
+    Args:
+        expression: names in it that begin with `store:` are modules too.
 
     Raises:
         UsageError: a name is given twice.
+        StoreError: the store has no such module.
     """
     found: dict[str, str] = {}
     for item in given or ():
         name, equals, path = item.partition("=")
         if not equals or os.path.exists(item):
-            from intarsia.modules import read_header
-
-            name, path = read_header(item).name, item
+            name, path = header_of(item).name, item
         if name in found:
             raise UsageError(f"two modules are called {name!r}: {found[name]} and {path}; call one of them differently: --module NAME={path}")
         found[name] = path
-    return found
+    return pinned(found, expression)
 
 
 def base_of(files: Mapping[str, str]) -> str:
@@ -71,10 +78,8 @@ def base_of(files: Mapping[str, str]) -> str:
     Raises:
         UsageError: there is no module, or it names no base.
     """
-    from intarsia.modules import read_header
-
     for path in files.values():
-        if named := read_header(path).card.base:
+        if named := header_of(path).card.base:
             return named
         raise UsageError(f"{path} does not name its base; say it with --base")
     raise UsageError("say which module runs, e.g. --module NAME=FILE")
@@ -87,7 +92,7 @@ def defaults(values: dict[str, Any], written: Mapping[str, Any]) -> dict[str, An
         values: what the flags say.
         written: what the configuration file says.
     """
-    files = {**written.get("modules", {}), **values.get("modules", {})}
+    files = pinned({**written.get("modules", {}), **values.get("modules", {})}, values.get("expression", written.get("expression")))
     if files:
         values["modules"] = files
     if "base" not in values and "base" not in written:
@@ -105,9 +110,8 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     from intarsia import bases
     from intarsia.compose import expr
     from intarsia.host import Host
-    from intarsia.modules import load
 
-    modules = {name: load(path, name=name) for name, path in config.modules.items()}
+    modules = read_modules(config.modules)
     expression = config.expression
     if expression is None:
         if len(modules) != 1:

@@ -7,7 +7,8 @@
 A writer holds the lock of the store (`.lock`; released by the system when a process dies) and writes a blob before its
 pointer, each whole and synced.  Readers take no lock: what they find is whole, and its hash is checked.
 
-What is not here: the pointer files (`pointers.py`), matching of languages (`language.py`), remotes, diffs.
+What is not here: the pointer files (`pointers.py`), matching of languages (`language.py`), what modules are to one another
+(`lineage.py`), bundles (`bundle.py`), remotes (`remote.py`), comparison of two modules (`diff.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from intarsia.errors import IntarsiaError, ModuleError, StoreError, UsageError, listing, nearest
 from intarsia.modules import Header, Module, dumps, loads, read_header, sweep_temporary, write_atomic
 from intarsia.modules.atomic import _sync_folder
-from intarsia.store.language import LanguageQuery
+from intarsia.store.language import LanguageQuery, check_script, scripts
 from intarsia.store.pointers import (
     LATEST,
     Pointers,
@@ -79,6 +80,24 @@ class Collected:
     freed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A name of a module as it travels between stores.
+
+    Attributes:
+        name: the module's name.
+        label: a version or a tag of it.
+        sha256: hash of the file it points at.
+    """
+
+    name: str
+    label: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.label}"
+
+
 def default_path() -> Path:
     """The folder of the environment variable INTARSIA_STORE, else `~/.local/share/intarsia`."""
     return Path(os.environ.get("INTARSIA_STORE") or "~/.local/share/intarsia").expanduser()
@@ -96,17 +115,22 @@ class Store:
         self._blobs = self.path / "blobs"
         self._pointers = Pointers(self.path / "names")
 
-    def add(self, module: Module | str | os.PathLike[str], *, name: str | None = None, version: str | None = None, tags: Iterable[str] = ()) -> str:
+    def add(
+        self, module: Module | str | os.PathLike[str], *, name: str | None = None, version: str | None = None, tags: Iterable[str] = (),
+        conflicts: Iterable[str] = (), allow_missing: bool = False,
+    ) -> str:  # fmt: skip
         """Keep a module, or the module file at a path, and return the sha256 of its file.
 
         Args:
             name: name in the store, by default the module's own.
             version: by default the next whole number; the newest version again if it holds the same bytes.
             tags: tags to move to it.
+            conflicts: references of modules it must not be used together with; written on its card.
+            allow_missing: keep it although a module that it requires is not in the store.
 
         Raises:
             ModuleError, StoreError: the file is damaged or cannot be read.
-            StoreError: the version exists with other content, or the store cannot be written.
+            StoreError: the version exists with other content, what it requires is not here, or the store cannot be written.
         """
         if isinstance(module, Module):
             data = dumps(module)
@@ -114,12 +138,21 @@ class Store:
             size = read_header(module).size  # limits are checked before the file is read
             data = _read_outside(Path(module), size)
             module = loads(data, source=os.fspath(module))
+        if foes := [self.header(reference).digest for reference in conflicts]:
+            card = replace(module.card, conflicts=tuple(dict.fromkeys((*module.card.conflicts, *foes))))
+            module = module.with_card(card)
+            data = dumps(module)
         name = check_store_name(module.name if name is None else name)
         tags = [_check_tag(tag) for tag in tags]
         if version is not None and not is_version(check_label(version)):
             raise UsageError(f"store: version {version!r} must begin with a digit; a word is a tag: --tag {version}")
         sha256 = hashlib.sha256(data).hexdigest()
         with self._locked():
+            if not allow_missing and (missing := self.missing(module.requires)):
+                raise StoreError(
+                    f"store {self.path}: {module.name!r} requires {listing(_short(digest) for digest in missing)}, not in this store; "
+                    "add what it requires first, or go on with --allow-missing"
+                )
             version = self._free_version(name, version, sha256)
             self._put(sha256, data)
             self._pointers.write(name, version, sha256)
@@ -159,6 +192,68 @@ class Store:
         sha256 = self.resolve(reference)
         return loads(self._bytes(sha256), source=str(self._blob(sha256)))
 
+    def file(self, reference: str) -> Path:
+        """The verified file of a module, to be read and not to be changed.
+
+        Raises:
+            StoreError, ModuleError: see `get`.
+        """
+        sha256 = self.resolve(reference)
+        self._bytes(sha256)
+        return self._blob(sha256)
+
+    def read(self, sha256: str) -> bytes:
+        """The verified bytes of a module's file."""
+        return self._bytes(sha256)
+
+    def by_digest(self) -> dict[str, list[str]]:
+        """sha256 of the files by the digest of the module in them: two files of one module differ in the card only."""
+        return self._by_digest()
+
+    def missing(self, digests: Sequence[str]) -> list[str]:
+        """Which of these digests no module in the store has."""
+        if not digests:
+            return []
+        here = self._by_digest()
+        return [digest for digest in digests if digest not in here]
+
+    def accept(self, files: Mapping[str, bytes], labels: Sequence[Label], *, allow_missing: bool = False) -> None:
+        """Take module files from elsewhere with the names they have there: all of them or, if anything is wrong, none.
+
+        Args:
+            files: verified module files by sha256.
+            labels: names to write; each points at one of the files or at a module that is here.
+            allow_missing: take them although a module that one requires is neither among them nor here.
+
+        Raises:
+            ModuleError: bytes do not have their hash, or are no module.
+            StoreError: a version is here with other content, or what a module requires is nowhere.
+        """
+        modules = {}
+        for sha256, data in files.items():
+            found = hashlib.sha256(data).hexdigest()
+            if found != sha256:
+                raise ModuleError(f"damaged on the way: the sha256 is {found[:12]}..., expected {sha256[:12]}...; nothing was taken")
+            modules[sha256] = loads(data, source=f"module {sha256[:12]}")
+        for label in labels:
+            check_store_name(label.name)
+            check_label(label.label)
+        coming = {module.digest for module in modules.values()}
+        required = dict.fromkeys(digest for module in modules.values() for digest in module.requires if digest not in coming)
+        with self._locked():
+            if not allow_missing and (missing := self.missing(list(required))):
+                raise StoreError(f"store {self.path}: nothing was taken: {listing(_short(digest) for digest in missing)} is required and neither here nor there; --allow-missing goes on")
+            for label in labels:
+                held = self._pointers.read(label.name, label.label)
+                if is_version(label.label) and held not in (None, label.sha256):
+                    raise StoreError(f"store {self.path}: nothing was taken: {label} is {str(held)[:12]}... here and {label.sha256[:12]}... there; a version never changes")
+                if label.sha256 not in files:
+                    self._header(label.sha256)
+            for sha256, data in files.items():
+                self._put(sha256, data)
+            for label in sorted(labels, key=lambda each: not is_version(each.label)):  # a tag stands beside versions only
+                self._pointers.write(label.name, label.label, label.sha256)
+
     def header(self, reference: str) -> Header:
         """What a module says of itself; its tensors are not read."""
         return self._header(self.resolve(reference))
@@ -176,25 +271,34 @@ class Store:
         found = [self._stored(sha256, tuple(labels.get(sha256, ()))) for sha256 in sorted({*self._hashes(), *labels})]
         return [entry for entry in found if entry.header or entry.names or self._blob(entry.sha256).exists()]  # else collected since
 
-    def find(self, *, language: str | None = None, task: str | None = None, base: str | None = None, method: str | None = None) -> list[Stored]:
+    def find(
+        self, *, language: str | None = None, script: str | None = None, task: str | None = None, base: str | None = None,
+        method: str | None = None, domain: str | None = None,
+    ) -> list[Stored]:  # fmt: skip
         """The modules that answer to all that is asked for; those with a problem do not.
 
         Args:
             language: BCP-47 tag or ISO 639 code, see `LanguageQuery`; of the card's languages and the role `language`.
+            script: ISO 15924 code: of the tags, the card, or the one a language is usually written in.
             task: as in the card or the role `task`.
             base: as in the card, or the fingerprint's architecture or weights.
             method: name of the method.
+            domain: the role `domain`.
         """
+        if script is not None:
+            script = check_script(script)
         query = None if language is None else LanguageQuery(language)
 
         def fits(header: Header) -> bool:
             card = header.card
-            spoken = (*card.languages, header.roles.get("language", ""))
+            spoken = languages_of(header)
             return (
-                (query is None or any(query.matches(tag) for tag in spoken if tag))
+                (query is None or any(query.matches(tag, card.script) for tag in spoken))
+                and (script is None or script in scripts(spoken, card.script))
                 and (task is None or task in (card.task, header.roles.get("task")))
                 and (base is None or base in (card.base, header.base.architecture, header.base.weights))
                 and (method is None or method == method_name(header))
+                and (domain is None or domain == header.roles.get("domain"))
             )
 
         return [entry for entry in self.entries() if entry.header is not None and fits(entry.header)]
@@ -216,14 +320,24 @@ class Store:
         problems += [f"module {by} requires digest {digest}, which is not in the store" for digest, by in required.items() if digest not in digests]
         return problems
 
-    def tag(self, reference: str, tag: str) -> str:
-        """Move a tag of a name (`name`, `name@version` or `name@tag`) and return the sha256 it holds now."""
+    def tag(self, reference: str, tag: str, *, expected: str | None = None) -> str:
+        """Move a tag of a name (`name`, `name@version` or `name@tag`) and return the sha256 it holds now.
+
+        Args:
+            expected: first digits of the sha256 that the tag must hold until now, or "none"; compared under the lock.
+
+        Raises:
+            StoreError: there is no such module, or the tag holds something else.
+        """
         _check_tag(tag)
         name = reference.rpartition("@")[0] or reference
         with self._locked(make=False):
             if not self._pointers.versions(name):
                 raise StoreError(f"store {self.path}: {self._no_name(name)}; a tag belongs to a name")
             sha256 = self.resolve(reference if "@" in reference else f"{name}@{LATEST}")
+            held = self._pointers.read(name, tag) or "none"
+            if expected is not None and (not expected or not held.startswith(expected)):
+                raise StoreError(f"store {self.path}: {name}@{tag} is {held[:12]} and not {expected[:12]}: another process has moved it; nothing was changed")
             self._pointers.write(name, tag, sha256)
         return sha256
 
@@ -383,10 +497,19 @@ class Store:
             lock.release()
 
 
+def languages_of(header: Header) -> list[str]:
+    """Languages of a module: those of its card, and of the role `language` (several joined by `+`)."""
+    return list(dict.fromkeys((*header.card.languages, *filter(None, header.roles.get("language", "").split("+")))))
+
+
 def method_name(header: Header) -> str:
     """The method's name; the method itself need not be installed."""
     found: Any = header.specification.get("name", "")
     return str(found)
+
+
+def _short(digest: str) -> str:
+    return f"digest {digest[:12]}..."
 
 
 def _check_tag(tag: str) -> str:
