@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mam": {"length": 3, "reparameterise": 8, "width": 4},
     "unipelt": {"length": 3, "reparameterise": 8, "reduction": 4, "rank": 2},
     "perfect": {"reduction": 8},
+    "madx": {"reduction": 4},
     "lst": {"reduction": 4, "head_size": 4},
     # low rank
     "rslora": {"rank": 4},
@@ -81,7 +82,7 @@ _SUBSPACE = ("vera", "svft", "intrinsic", "said")
 _ADAPTERS = ("adapterdrop", "phm_adapter", "compacter", "compacter_pp", "perfect")
 #: methods whose fresh module leaves the model exactly as it is; the others start near it or, by their paper, not at all
 EXACT = ("full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", "parallel", *_LOW_RANK, *_SUBSPACE, *_SUBSET, "oft", "boft", "road", "mh_parallel", "llama_adapter")
-NEAR = ("houlsby", "pfeiffer", *_ADAPTERS, "lora_xs", "hra")
+NEAR = ("houlsby", "pfeiffer", "madx", *_ADAPTERS, "lora_xs", "hra")
 FOLDABLE = (
     "full", "child_tuning_f", "freeze_k", "ln", "bitfit", "lora", "ia3", *_LOW_RANK, *_SUBSPACE, *_SUBSET, "supermask", "fourierft", "lora_xs", "c3a", "oft", "boft", "hra", "road"
 )  # fmt: skip
@@ -110,7 +111,7 @@ def lacks(family: str, name: str) -> bool:
     return (
         (name in MEMORY and family in NO_MEMORY)
         or (name in TOKENS and family in NO_TOKENS)
-        or (name in ("lst", "adapterdrop") and family == "albert")  # one block that runs several times
+        or (name in ("lst", "adapterdrop", "madx") and family == "albert")  # one block that runs several times
         or (name == "ia3" and family == "mixtral")
     )
 

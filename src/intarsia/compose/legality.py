@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intarsia.compose.algebra import BLOCKS, LOGITS, Algebra
-from intarsia.compose.expr import Expr, names
+from intarsia.compose.expr import Expr, Mix, Ref, Seq, names
 from intarsia.errors import CompositionError, listing, nearest
 
 
@@ -19,10 +19,14 @@ class Traits:
     Attributes:
         labels: label names of its head, None if it has none.
         blocks: lengths of what it puts in front of a sequence or a memory, by site name.
+        invertible: it changes the input embeddings, and the output embedding needs the inverse.
+        unembeds: it has a language-model head.
     """
 
     labels: tuple[str, ...] | None = None
     blocks: Mapping[str, int] = field(default_factory=dict)
+    invertible: bool = False
+    unembeds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,11 @@ class _Static:
         return delta
 
 
-def check(e: Expr, known: Mapping[str, Traits], head: str | None = None) -> None:
+def check(e: Expr, known: Mapping[str, Traits], head: str | None = None, unembeds: bool = False) -> None:
     """Refuse an expression that names unknown modules or asks for what has no meaning.
+
+    Args:
+        unembeds: the base has a language-model head, and the call wants the inverse of what changes the embeddings.
 
     Raises:
         CompositionError: what is wrong and what to type instead.
@@ -85,8 +92,34 @@ def check(e: Expr, known: Mapping[str, Traits], head: str | None = None) -> None
     if head is not None and (head not in names(e) or known[head].labels is None):
         owners = [n for n in sorted(names(e)) if known[n].labels is not None]
         raise CompositionError(f"head={head!r} is not a module with a head in this expression; with heads: {listing(owners) or 'none'}")
+    if unembeds and all(known[n].labels is None for n in names(e)) or any(known[n].unembeds for n in names(e)):
+        _check_inverse(e, known)
     heads = {n: _Labels(n, t.labels) for n, t in known.items() if t.labels is not None and head in (None, n)}
     e.run(None, _Static(LOGITS, heads))
     for site in sorted({s for n in names(e) for s in known[n].blocks}):
         blocks = {n: (_Block(t.blocks[site]),) for n, t in known.items() if site in t.blocks}
         e.run((), _Static(BLOCKS, blocks))
+
+
+def inverse(e: Expr, owners: frozenset[str]) -> Expr | None:
+    """The expression back to front, with only what `owners` do; None if that has no exact inverse."""
+    if names(e).isdisjoint(owners):
+        return Seq(())
+    if isinstance(e, Ref):
+        return e
+    if isinstance(e, Seq):
+        parts = [inverse(part, owners) for part in reversed(e.parts)]
+        return None if any(part is None for part in parts) else Seq(tuple(p for p in parts if p is not None))
+    if isinstance(e, Mix):
+        concerned = [(part, weight) for part, weight in zip(e.parts, e.weights) if not names(part).isdisjoint(owners)]
+        return inverse(concerned[0][0], owners) if len(concerned) == 1 and concerned[0][1] == 1.0 else None
+    return None
+
+
+def _check_inverse(e: Expr, known: Mapping[str, Traits]) -> None:
+    owners = frozenset(name for name in names(e) if known[name].invertible)
+    if inverse(e, owners) is None:
+        raise CompositionError(
+            f"{e} mixes what {listing(sorted(owners))} {'does' if len(owners) == 1 else 'do'} to the embeddings, and the output embedding needs an "
+            "inverse, which a mixture has not: keep one language, put them one after the other (>>), or leave the inverse out: using(..., forward_only=True)"
+        )

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from intarsia.errors import SiteError, SpecError
 from intarsia.host import attention
 from intarsia.host.attention import MemorySocket
+from intarsia.host.build import reads_width
 from intarsia.host.call import Child, State
 from intarsia.host.given import Rung, Watch
+from intarsia.host.mirror import Mirror, check_invertible, invertible
 from intarsia.host.output import Root
 from intarsia.host.record import Entry, Record
 from intarsia.host.sequence import DecoderMask, SequenceSocket
@@ -79,6 +81,11 @@ class Attachment:
             measured = site.port == "mem" and any(getattr(getattr(part, "spec", None), "relative", False) for d in deltas for part in d.modules())
             if measured and ".xattn." not in site.name and not isinstance(self._relative(site), nn.Embedding):
                 raise SpecError(f"{site.name} has no table of relative positions as T5's; use the prefix without relative=True")
+        head = self.record.sites.get("head")
+        width = None if head is None else reads_width(head, self.model.get_submodule(head.path))
+        stems = [site for site, deltas in entry.built.deltas if any(invertible(delta) for delta in deltas)]
+        for delta in (delta for _, deltas in entry.built.deltas for delta in deltas if invertible(delta)):
+            check_invertible(delta, width)
         if any(site.port == "mem" for site in sites):
             self._route_attention()
         self.record.entries[name] = entry
@@ -94,12 +101,25 @@ class Attachment:
             child = host._modules[key]
             if isinstance(child, Socket | WeightSocket):
                 child.refresh()
+        for stem in stems:
+            self._mirror(head).watch(self._slot(stem))
         asking = [s for s, deltas in entry.built.deltas if s.port != "logits" and any(reads_call(d.form) for d in deltas)]
         for stack in dict.fromkeys(site.stack for site in asking):
             self._watch(stack).names.add(name)
         if any(getattr(d.form, "reads_taps", False) for _, deltas in entry.built.deltas for d in deltas):
             for stack, blocks in self.record.sites.layers.items():
                 self._tap_blocks(stack, blocks, name)
+
+    def _mirror(self, head: Site | None) -> Mirror:
+        """What undoes in front of the output embedding what invertible modules do at the start of a stack."""
+        if self.root.mirror is not None:
+            return self.root.mirror
+        place = self.model if head is None else self.model.get_submodule(head.path)
+        mirror: Mirror = self.child(place, "mirror", Mirror(self.state))
+        self.root.__dict__["mirror"] = mirror
+        if head is not None:
+            self.record.hooks.append(place.register_forward_pre_hook(mirror.before, with_kwargs=True, prepend=True))
+        return mirror
 
     def _tap_blocks(self, stack: str, blocks: int, name: str) -> None:
         """Let the blocks of a stack show a module what they give."""

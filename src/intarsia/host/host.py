@@ -31,6 +31,7 @@ from intarsia.host.attention import MemorySocket
 from intarsia.host.build import Built, build
 from intarsia.host.call import CALLS, Call, State, thread
 from intarsia.host.fold import fold, why_not_foldable
+from intarsia.host.mirror import FORWARD_ONLY
 from intarsia.host.output import Root
 from intarsia.host.probe import memories
 from intarsia.host.record import Entry, Record
@@ -330,16 +331,17 @@ class Host:
     ) -> Call:
         """A checked call: one expression, or a sequence with one per row of the batch."""
         known = self._traits()
+        unembeds = "head" in self.sites and not (context or {}).get(FORWARD_ONLY)
         if expression is None or isinstance(expression, Expr | str):
             one = expr_of(expression)
-            check(one, known, head)
+            check(one, known, head, unembeds)
             return Call.of((one,), None, head, context)
         if not expression:
             raise CompositionError("per-row expressions: the sequence is empty")
         given = [expr_of(e) for e in expression]
         distinct = list(dict.fromkeys(given))
         for e in distinct:
-            check(e, known, head)
+            check(e, known, head, unembeds)
         return Call.of(tuple(distinct), tuple(distinct.index(e) for e in given), head, context)
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from intarsia.compose import LOGITS
 from intarsia.errors import CompositionError
 from intarsia.host.call import Call, Child, State, thread
 from intarsia.host.given import Given, flat, rows_of
+from intarsia.host.mirror import Mirror
 from intarsia.host.replay import Pinned
 from intarsia.host.seen import View
 from intarsia.host.sequence import bind
@@ -35,12 +36,14 @@ class Root(Child):
         self.__dict__["decoder"] = decoder
         self.__dict__["checkpointed"] = []
         self.__dict__["states"] = {}
+        self.__dict__["mirror"] = None
 
     embedding: nn.Module | None
     decoder: bool
     record: Any
     checkpointed: list[nn.Module]
     states: dict[int, Tensor]
+    mirror: Mirror | None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "states": {}}
@@ -112,7 +115,7 @@ class Root(Child):
         if states is None:
             states = output["last_hidden_state"]
         weight = None if self.embedding is None else self.embedding.weight
-        seen = View(self.slot.site, call, input=states, given=given, embedding=weight)  # type: ignore[arg-type]
+        seen = View(self.slot.site, call, input=states, given=given, embedding=weight, mirror=self.mirror)  # type: ignore[arg-type]
         logits = self._logits(call, seen, states, output.get("logits"))
         if logits is not None:
             output["logits"] = logits

@@ -13,6 +13,7 @@ from intarsia.compose.legality import Traits
 from intarsia.host.build import Built
 from intarsia.methods import Method
 from intarsia.modules import Card
+from intarsia.patches import Coupling, LanguageModelHead
 from intarsia.sites.address import SiteMap
 
 
@@ -36,7 +37,9 @@ class Entry:
                 spec = next(p.form for p in self.method.patches if p.name == delta.name)
                 if site.port in ("mem", "seq"):
                     blocks[site.name] = blocks.get(site.name, 0) + int(getattr(spec, "length", 0))
-        return Traits(self.labels if self.method.head is not None else None, blocks)
+        coupled = any(isinstance(patch.form, Coupling) for patch in self.method.patches)
+        head = self.method.head
+        return Traits(self.labels if head is not None else None, blocks, coupled, isinstance(head, LanguageModelHead))
 
 
 @dataclass

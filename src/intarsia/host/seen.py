@@ -17,13 +17,14 @@ from intarsia.sites.address import Site
 
 if TYPE_CHECKING:
     from intarsia.host.given import Given
+    from intarsia.host.mirror import Mirror
 
 
 class View:
     """The surroundings of one slot during one forward.  Nothing is computed until asked."""
 
     __slots__ = (
-        "_asked", "_embedding", "_given", "_input", "_module", "_norm", "_part", "_reads", "_residual", "_rows", "_size",
+        "_asked", "_embedding", "_given", "_input", "_mirror", "_module", "_norm", "_part", "_reads", "_residual", "_rows", "_size",
         "_state", "call", "site",
     )  # fmt: skip
 
@@ -39,6 +40,7 @@ class View:
         norm: nn.Module | None = None,
         given: Mapping[str, Given] = MappingProxyType({}),
         embedding: Tensor | None = None,
+        mirror: Mirror | None = None,
         rows: Tensor | None = None,
         size: int = 0,
         part: int = 0,
@@ -53,6 +55,7 @@ class View:
         self._norm = norm
         self._given = given
         self._embedding = embedding
+        self._mirror = mirror
         self._rows = rows
         self._size = size
         self._part = part
@@ -71,6 +74,7 @@ class View:
             norm=self._norm,
             given=self._given,
             embedding=self._embedding,
+            mirror=self._mirror,
             rows=rows,
             size=size,
             part=part,
@@ -119,6 +123,9 @@ class View:
         if self._embedding is None:
             raise SiteError(f"site {self.site.name} gives no word embeddings to look at")
         return self._embedding
+
+    def unembedding(self, x: Tensor) -> Tensor:
+        return x if self._mirror is None else self._mirror.undone(self.call, self.call.exprs[self._part], x)
 
     def normed(self, h: Tensor) -> Tensor:
         total = h + self.residual

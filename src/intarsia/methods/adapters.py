@@ -11,7 +11,7 @@ from intarsia.errors import SpecError
 from intarsia.methods.insertion import Insertion
 from intarsia.methods.method import METHODS, Method, Patch, Policy, row
 from intarsia.methods.rows import norm_patch
-from intarsia.patches import Bottleneck, FactorSpec, Hyper, Kron, LowRank, SubspaceEdit
+from intarsia.patches import Bottleneck, Coupling, FactorSpec, Hyper, Kron, LowRank, SubspaceEdit
 
 HOULSBY = "attn, ffn"
 
@@ -176,6 +176,24 @@ def hyperformer_pp(
     return _hyperformer("hyperformer_pp", width, factor, norms, at, layers)
 
 
+@row("madx", equation="y = [x1 + F(x2); x2 + G(y1)] behind the embeddings, x again before the LM head; Pfeiffer adapters", source="Pfeiffer et al. 2020, arXiv 2005.00052")
+def madx(
+    reduction: float = 2.0,
+    width: int | None = None,
+    invertible: bool = True,
+    invertible_reduction: float = 2.0,
+    activation: str = "relu",
+    insertion: str = "sequential",
+    at: str = "ffn",
+    stem: str = "stem",
+    layers: str | None = None,
+) -> Method:
+    """Language adapter of MAD-X: Pfeiffer adapters, and an invertible one at the embeddings that is undone before the LM head."""
+    patches = Insertion(insertion, at, layers=layers).patches(Bottleneck(width, reduction, activation, "normed"))
+    coupling = Patch("invertible", stem, Coupling(invertible_reduction, activation), port="in")
+    return Method("madx", (coupling, *patches) if invertible else patches, Policy(learning_rate=1e-4))
+
+
 def _reft(name: str, form: SubspaceEdit, at: str, layers: str | None) -> Method:
     return Method(name, (Patch("edit", at, form, layers=layers),), Policy(learning_rate=9e-4))
 
@@ -235,6 +253,7 @@ __all__ = [
     "hyperformer",
     "hyperformer_pp",
     "loreft",
+    "madx",
     "mh_parallel",
     "noreft",
     "phm_adapter",

@@ -8,6 +8,7 @@ from intarsia.patches.circulant import Circulant
 from intarsia.patches.combine import Blocks, Hadamard, Sum
 from intarsia.patches.const import Const
 from intarsia.patches.core import Core, Free, Seeded, Singular
+from intarsia.patches.coupling import Coupling
 from intarsia.patches.delta import Delta, Form, FormSpec, Linear, OpSpec, Seen, WhyNot
 from intarsia.patches.factors import Dense, Factor, FactorSpec, LowRank
 from intarsia.patches.fourier import Fourier
@@ -47,6 +48,7 @@ __all__ = [
     "Concat",
     "Const",
     "Core",
+    "Coupling",
     "Delta",
     "Dense",
     "Diag",

@@ -54,6 +54,9 @@ class Seen(Protocol):
     def embedding(self) -> Tensor:
         """The base's word-embedding matrix, [V, d]."""
 
+    def unembedding(self, x: Tensor) -> Tensor:
+        """What meets the word embeddings in a language-model head, [..., d]: x behind the inverse of invertible modules (heads only)."""
+
     def normed(self, h: Tensor) -> Tensor:
         """The layer norm that follows the residual add, of `h + residual`; in pre-LN models `h + residual` itself.
 

@@ -153,7 +153,7 @@ class LanguageModelHeadForm(Form):
         x = same_dtype(seen.input, self.dense)
         x = ACTIVATIONS[self.spec.activation](F.linear(x, self.dense, self.dense_bias))
         x = F.layer_norm(x, x.shape[-1:], self.norm, self.norm_bias, 1e-12)
-        return F.linear(x, same_dtype(seen.embedding, x), self.bias)
+        return F.linear(seen.unembedding(x), same_dtype(seen.embedding, x), self.bias)
 
 
 @register("lm_head")
