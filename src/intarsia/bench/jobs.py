@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from random import Random
 
 from intarsia.data import Table, read
 from intarsia.errors import DataError, UsageError, listing, nearest
@@ -17,29 +18,51 @@ from intarsia.errors import DataError, UsageError, listing, nearest
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A classification task as files.
+    """A task as files, and how it is trained here.
 
     Attributes:
-        train, dev, test: below the data folder.
-        columns: names of text and label in them.
-        language: BCP-47.
+        train, dev, test: below the data folder; no dev file, no choice of learning rates.
+        columns: names of its columns in them.
+        kind: of the task (`intarsia.tasks.TASKS`).
+        settings: of the task.
+        reference: what the others must beat: head-only, or the base as it is.
+        methods: that are run; all if None.
+        base, examples, steps, batch, length: examples of a step, tokens of an example.
+        rows: of the test file that count, drawn at random; all if None.
     """
 
     name: str
     train: str
-    dev: str
+    dev: str | None
     test: str
     columns: str
-    language: str
+    kind: str = "classify"
+    settings: Mapping[str, object] = field(default_factory=dict)
+    reference: str = "head"
+    methods: tuple[str, ...] | None = None
+    base: str = "minilm-l6"
+    examples: int = 700
+    steps: int = 100
+    batch: int = 16
+    length: int = 64
+    rows: int | None = None
 
+
+BASE = "base"
+"""In the place of a method: the base as it is, without a module."""
 
 SOURCES = {
     s.name: s
     for s in (
-        Source("sst2", "sst2/data/SST-2/train.tsv", "sst2/data/SST-2/dev.tsv", "sst2/data/SST-2/test.tsv", "text=sentence,label", "eng-Latn"),
-        Source("sib200", "sib200/eng_Latn/train.tsv", "sib200/eng_Latn/dev.tsv", "sib200/eng_Latn/test.tsv", "text,label=category", "eng-Latn"),
+        Source("sst2", "sst2/data/SST-2/train.tsv", "sst2/data/SST-2/dev.tsv", "sst2/data/SST-2/test.tsv", "text=sentence,label"),
+        Source("sib200", "sib200/eng_Latn/train.tsv", "sib200/eng_Latn/dev.tsv", "sib200/eng_Latn/test.tsv", "text,label=category"),
+        Source(
+            "e2e", "e2e/devset.csv", None, "e2e/testset_w_refs.csv", "prompt=mr,completion=ref", kind="clm",
+            settings={"prompt": "prompt", "completion": "completion"}, reference=BASE, base="smollm2-135m",
+            methods=(BASE, "lora", "prefix", "pfeiffer", "bitfit", "ia3"), examples=120, steps=30, batch=4, length=96, rows=100,
+        ),
     )
-}
+}  # fmt: skip
 
 
 def source(name: str) -> Source:
@@ -49,30 +72,33 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def tables(task: Source, data: Path) -> tuple[Table, Table, Table]:
+def tables(task: Source, data: Path) -> tuple[Table, Table | None, Table]:
     """Training, dev and test tables.
 
     Raises:
         DataError: a file is missing.
     """
     for part in (task.train, task.dev, task.test):
-        if not (data / part).is_file():
+        if part is not None and not (data / part).is_file():
             raise DataError(f"{data / part}: no such file; --data names the folder that holds {part}")
-    train, dev, test = (read(data / part, columns=task.columns) for part in (task.train, task.dev, task.test))
+    train, test = (read(data / part, columns=task.columns) for part in (task.train, task.test))
+    dev = None if task.dev is None else read(data / task.dev, columns=task.columns)
+    if task.rows is not None and task.rows < len(test):
+        test = test.select(sorted(Random(0).sample(range(len(test)), task.rows)))
     return train, dev, test
 
 
-def shots(table: Table, count: int, seed: int, label: str = "label") -> Table:
-    """`count` rows drawn by a seed, every label as often as its share, none left out where that is possible.
+def shots(table: Table, count: int, seed: int, label: str | None = "label") -> Table:
+    """`count` rows drawn by a seed, every label (if there are any) as often as its share, none left out where that is possible.
 
     The first `n` rows of the draw for `m > n` rows are the draw for `n`, so that a curve over `n` adds data to what it had.
     """
-    from random import Random
-
     if count > len(table):
         raise DataError(f"{count} examples wanted, the table has {len(table)}")
     order = list(range(len(table)))
     Random(seed).shuffle(order)
+    if label is None:
+        return table.select(order[:count])
     queues: dict[str, list[int]] = {}
     names = table.texts(label)
     for row in order:
@@ -112,13 +138,22 @@ def rates() -> dict[str, float]:
     return {row["method"]: float(row["rate"]) for row in csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))}
 
 
-def plan(tasks: Sequence[str], base: str, methods: Sequence[str], seeds: Sequence[int], examples: Sequence[int], steps: int) -> Iterator[Job]:
-    """All jobs, seed by seed, so that a run that is cut short has every method once."""
+SET: dict[str, dict[str, object]] = {"fish": {"rows": 128}}
+"""Settings of a method that differ from its own in all jobs: the paper of FISH finds masks from 32 examples as good as from 1024,
+and each costs a backward pass over the whole base."""
+
+
+def plan(
+    tasks: Sequence[str], base: str | None, methods: Sequence[str], seeds: Sequence[int], examples: Sequence[int] | None = None, steps: int | None = None
+) -> Iterator[Job]:
+    """All jobs, seed by seed, so that a run that is cut short has every method once; what is None is the task's own."""
     for seed in seeds:
-        for count in examples:
-            for task in tasks:
-                for method in methods:
-                    yield Job(task, base, method, seed, count, steps, rates().get(method))
+        for task in map(source, tasks):
+            known = [name for name in task.methods or methods if name in methods or name == task.reference]
+            for count in examples or (task.examples,):
+                for method in known:
+                    if method != BASE or seed == seeds[0]:  # nothing about the base depends on a seed
+                        yield Job(task.name, base or task.base, method, seed, count, steps or task.steps, rates().get(method) if task.kind == "classify" else None)
 
 
 class Results:
@@ -151,6 +186,16 @@ class Results:
         """Keys of the jobs that are in the file; one that failed is not done."""
         names = list(Job.__dataclass_fields__)
         return {tuple(line.get(name) for name in names) for line in self.read() if "failed" not in line}
+
+    def tidy(self) -> int:
+        """Drop the lines of failed jobs that were run again with success; gives their number."""
+        lines, done = self.read(), self.done()
+        kept = [line for line in lines if "failed" not in line or tuple(line.get(name) for name in Job.__dataclass_fields__) not in done]
+        if len(kept) < len(lines):
+            new = self.path.with_suffix(".new")
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            new.replace(self.path)
+        return len(lines) - len(kept)
 
     def add(self, job: Job, values: dict[str, object]) -> None:
         """Append a line and see it on the disk."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from intarsia import bases, tasks
-from intarsia.bench.jobs import Job, Results, shots, source, tables
-from intarsia.errors import IntarsiaError, SiteError, SpecError
+from intarsia.bench.jobs import BASE, SET, Job, Results, shots, source, tables
+from intarsia.errors import IntarsiaError, SiteError, SpecError, UsageError
 from intarsia.host import Host
-from intarsia.methods import METHODS
+from intarsia.methods import METHODS, Method
 from intarsia.modules import save
 from intarsia.train import Interrupted, Recipe, train
+from intarsia.train.allocator import pages_kept
 from intarsia.train.record import machine, now, versions
-
-LENGTH = 64
 
 
 @lru_cache(maxsize=1)
@@ -97,56 +95,72 @@ def run_job(job: Job, data: Path, *, dev_only: bool = False) -> dict[str, Any]:
     """Train, test, measure.
 
     Args:
-        dev_only: score on the dev table, for the choice of learning rates.
+        dev_only: score on (500 rows of) the dev table, for the choice of learning rates.
 
     Returns:
         `refused` with the reason where the method does not exist on this base; else score, interval, sizes and times.
     """
-    base = _base(job.base)
+    base, about = _base(job.base), source(job.task)
     train_table, dev, test = _tables(job.task, data)
-    table = shots(train_table, min(job.examples, len(train_table)), job.seed)
-    settings = {**tasks.base_settings("classify", base), "max_length": LENGTH, **tasks.method_settings("classify", METHODS[job.method].build())}
-    facts = {"at": now(), "on": where(base.model.device)}
+    if dev_only and dev is None:
+        raise UsageError(f"{job.task} has no dev data to choose a learning rate on")
+    table = shots(train_table, min(job.examples, len(train_table)), job.seed, "label" if about.kind == "classify" else None)
+    method = Method(BASE) if job.method == BASE else METHODS[job.method].build(**SET.get(job.method, {}))
+    settings = {**tasks.base_settings(about.kind, base), "max_length": about.length, **about.settings, **tasks.method_settings(about.kind, method)}
+    facts: dict[str, Any] = {"at": now(), "on": where(base.model.device)}
+    if job.method in SET:
+        facts["set"] = SET[job.method]
     start = time.perf_counter()
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     try:
-        task = tasks.build("classify", base.tokenizer, table=table, settings=settings, model=base.model)
-        assert task.head is not None
-        try:
-            host.add("m", METHODS[job.method].build().with_head(task.head), seed=job.seed)
-        except (SiteError, SpecError) as error:
-            return {"refused": str(error)}
-        clock = _Clock()
-        recipe = Recipe(max_steps=job.steps, batch_size=16, learning_rate=job.rate, seed=job.seed, max_length=LENGTH, base_dropout=False)
-        with _peak() as largest:
-            result = train(host, "m", task, table, recipe=recipe, callbacks=[clock])
-            peak = largest()
-        trainable = sum(p.numel() for p in {id(p): p for p in host.parameters("m").values()}.values())
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "m.safetensors"
-            save(result.module, path)
-            stored = path.stat().st_size
-        asked = {key: value for key in ("task", "language") for value in (job.task,)} if job.method.startswith("hyper") else {}
-        found = tasks.evaluate(host, "m", task, dev[:500] if dev_only else test, batch_size=64, context=asked)
+        task = tasks.build(about.kind, base.tokenizer, table=table, settings=settings, model=base.model)
+        if job.method != BASE:
+            try:
+                host.add("m", method if task.head is None else method.with_head(task.head), seed=job.seed)
+            except (SiteError, SpecError) as error:
+                return {"refused": str(error)}
+            facts = {**_trained(host, task, table, job), **facts}
+        asked = dict.fromkeys(("task", "language"), job.task) if job.method.startswith("hyper") else {}
+        rows = test if dev is None or not dev_only else dev[:500]
+        with pages_kept():
+            found = tasks.evaluate(host, None if job.method == BASE else "m", task, rows, batch_size=about.batch * 4, context=asked)
         score = found.metrics[task.metric]
     finally:
         host.close()
     return {
         "metric": task.metric, "score": score.value, "low": score.low, "high": score.high, "rows": score.size,
-        "trainable": trainable, "stored": stored, "step_ms": round(1000 * statistics.median(clock.steps), 2), "peak_mib": None if peak is None else peak >> 20,
         "seconds": round(time.perf_counter() - start, 1), **facts,
     }  # fmt: skip
 
 
-def run(jobs: Iterator[Job], data: Path, results: Results, say: Callable[[str], None]) -> int:
+def _trained(host: Host, task: Any, table: Any, job: Job) -> dict[str, Any]:
+    """Train the module `m` of a host; gives size, time and memory."""
+    about, clock = source(job.task), _Clock()
+    rate = {"head_learning_rate" if job.method == "head" else "learning_rate": job.rate}
+    recipe = Recipe(max_steps=job.steps, batch_size=about.batch, seed=job.seed, max_length=about.length, base_dropout=False, **rate)
+    with _peak() as largest:
+        result = train(host, "m", task, table, recipe=recipe, callbacks=[clock])
+        peak = largest()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.safetensors"
+        save(result.module, path)
+        stored = path.stat().st_size
+    return {
+        "trainable": sum(p.numel() for p in {id(p): p for p in host.parameters("m").values()}.values()),
+        "stored": stored, "step_ms": round(1000 * statistics.median(clock.steps), 2), "peak_mib": None if peak is None else peak >> 20,
+    }  # fmt: skip
+
+
+def run(jobs: Iterable[Job], data: Path, results: Results, say: Callable[[str], None], *, dev_only: bool = False) -> int:
     """Run the jobs that are not in the results yet; gives their number."""
+    results.tidy()
     done = results.done()
     count = 0
     for job in jobs:
         if job.key in done:
             continue
         try:
-            values = run_job(job, data)
+            values = run_job(job, data, dev_only=dev_only)
         except Interrupted:
             raise  # a signal ends the run, not one job
         except (IntarsiaError, RuntimeError, TypeError, ValueError) as error:  # one method's fault must not cost the others
@@ -154,5 +168,6 @@ def run(jobs: Iterator[Job], data: Path, results: Results, say: Callable[[str], 
         results.add(job, values)
         count += 1
         told = values.get("refused") or values.get("failed") or f"{values['score']:.3f} in {values['seconds']} s"
-        say(f"{os.getpid()} {job.task} {job.method} seed {job.seed} n {job.examples}: {told}")
+        rate = "" if job.rate is None else f" rate {job.rate:g}"
+        say(f"{now()} {job.task} {job.method} seed {job.seed} n {job.examples}{rate}: {told}")
     return count

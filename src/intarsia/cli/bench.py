@@ -13,13 +13,14 @@ from intarsia.errors import UsageError
 
 Data = Annotated[Path, typer.Option("--data", help="Folder with sst2/ and sib200/ (see docs/measured.md).")]
 Out = Annotated[Path, typer.Option("--results", help="File with one line per job; what is in it is not run again.")]
-Tasks = Annotated[str, typer.Option("--tasks", help="Comma-separated: sst2, sib200.")]
-Base = Annotated[str, typer.Option("--base", help="The base model.")]
+Tasks = Annotated[str, typer.Option("--tasks", help="Comma-separated: sst2, sib200, e2e.")]
+Base = Annotated[str | None, typer.Option("--base", help="The base model; the task's own if left out.")]
 Only = Annotated[str | None, typer.Option("--only", help="Comma-separated methods; all if left out.")]
 Seeds = Annotated[str, typer.Option("--seeds", help="Comma-separated seeds.")]
-Examples = Annotated[str, typer.Option("--examples", help="Comma-separated numbers of training examples.")]
-Steps = Annotated[int, typer.Option("--steps", help="Optimiser steps of a job.")]
+Examples = Annotated[str | None, typer.Option("--examples", help="Comma-separated numbers of training examples; the task's own if left out.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps of a job; the task's own if left out.")]
 Table = Annotated[Path | None, typer.Option("--table", help="Run nothing; write the page of these results here, with its pictures.")]
+Tune = Annotated[Path | None, typer.Option("--tune", help="Score on dev data at multiples of the methods' own learning rates, and write the best here (rates.csv).")]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,12 +34,13 @@ def learn(
     data: Data = Path("data"),
     results: Out = Path("learn.jsonl"),
     tasks: Tasks = "sst2,sib200",
-    base: Base = "minilm-l6",
+    base: Base = None,
     only: Only = None,
     seeds: Seeds = "0,1,2",
-    examples: Examples = "700",
-    steps: Steps = 100,
+    examples: Examples = None,
+    steps: Steps = None,
     table: Table = None,
+    tune: Tune = None,
 ) -> None:
     """Does it learn?  Train every method on real tasks, and write score, size, time and memory, one line per job.
 
@@ -58,7 +60,18 @@ def learn(
 
     wanted = list(METHODS) if only is None else [METHODS[name].name for name in only.split(",")]
     names = [source(name).name for name in tasks.split(",")]
-    jobs = plan(names, base, wanted, _numbers(seeds, "--seeds"), _numbers(examples, "--examples"), steps)
+    counts = None if examples is None else _numbers(examples, "--examples")
+    if tune is not None:
+        from intarsia.bench.tune import trials
+        from intarsia.bench.tune import write as write_rates
+
+        if len(names) != 1 or (counts and len(counts) != 1):
+            raise UsageError(f"--tune: rates are chosen on one task and one number of examples, found --tasks {tasks} --examples {examples}")
+        count = run(trials(wanted, names[0], base, counts[0] if counts else None, steps), data, Results(results), console.note, dev_only=True)
+        found = write_rates(Results(results).read(), tune)
+        console.result({"rates": str(tune), "run": count, "methods": len(found)}, lambda: console.line(f"{count} jobs run; {tune} has rates for {len(found)} methods"))
+        return
+    jobs = plan(names, base, wanted, _numbers(seeds, "--seeds"), counts, steps)
     count = run(jobs, data, Results(results), console.note)
     console.result({"results": str(results), "run": count}, lambda: console.line(f"{count} jobs run; {results} holds all of them"))
 

@@ -1,0 +1,82 @@
+"""`bench learn --tune`: learning rates for short trainings, chosen on dev data alone, and the file `rates.csv` that keeps them.
+
+Each method that is tried learns at its own rate and at multiples of it (seed 0, one task); the best on dev data counts, the
+own rate where nothing is better.  Methods that are alike share the multiple of one of them (`ALIKE`).  Head-only has the
+same chance as the others.  What is not here: the test set, which plays no part in the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from intarsia.bench.jobs import Job, source
+from intarsia.methods import METHODS
+
+TIMES: dict[str, tuple[float, ...]] = {"full": (1, 3), "head": (1, 1 / 3, 3, 10), "perfect": (1, 3, 10, 30), "prompt": (1, 3)}
+"""Multiples of a method's own rate that are tried, where they are not 1, 3 and 10."""
+ALIKE: dict[str, tuple[str, ...]] = {
+    "adapter_lowrank": ("compacter", "phm_adapter"),
+    "boft": ("oft",),
+    "child_tuning_d": ("child_tuning_f",),
+    "hyperformer_pp": ("hyperformer",),
+    "lora": ("dora", "rslora"),
+    "loreft": ("direft", "noreft"),
+    "pfeiffer": ("adapterdrop", "houlsby"),
+}
+"""Methods that take over the multiple that was found for another."""
+
+
+def own(method: str) -> float:
+    """The learning rate a method comes with."""
+    return METHODS[method].build().policy.learning_rate
+
+
+def trials(methods: Sequence[str], task: str, base: str | None = None, examples: int | None = None, steps: int | None = None) -> Iterator[Job]:
+    """The jobs: of every method its own rate first; what is None is the task's own."""
+    about = source(task)
+    base, examples, steps = base or about.base, examples or about.examples, steps or about.steps
+    for method in methods:
+        for times in TIMES.get(method, (1, 3, 10)):
+            yield Job(task, base, method, 0, examples, steps, None if times == 1 else rounded(own(method) * times))
+
+
+def rounded(rate: float) -> float:
+    """Two digits: a rate that one can write down."""
+    return float(f"{rate:.1e}")
+
+
+def chosen(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, str]]:
+    """Method -> (rate, how it was found), for those that learn more at another rate than at their own."""
+    scores: dict[str, dict[float | None, float]] = {}
+    for line in lines:
+        if "score" in line:
+            scores.setdefault(line["method"], {})[line["rate"]] = float(line["score"])
+    found: dict[str, tuple[float, str]] = {}
+    for method, tried in sorted(scores.items()):
+        if None not in tried:
+            continue
+        best = max(tried, key=lambda rate: (tried[rate], rate is None))  # the own one on a draw
+        if best is None:
+            continue
+        shown = "; ".join(f"{own(method) if rate is None else rate:g}: {score:.3f}" for rate, score in tried.items())
+        found[method] = best, f"dev {shown}"
+        times = best / own(method)
+        for other in ALIKE.get(method, ()):
+            if other not in scores:
+                found[other] = rounded(own(other) * times), f"its own {own(other):g} times {times:.2g}, as {method}"
+    return dict(sorted(found.items()))
+
+
+def write(lines: Sequence[Mapping[str, Any]], path: Path) -> dict[str, tuple[float, str]]:
+    """Write `rates.csv`; gives what it says."""
+    found = chosen(lines)
+    text = [
+        "# Learning rates for 100 steps of 16 examples, where the method's own (its paper's, for longer trainings) learns less.",
+        "# Written by `intarsia bench learn --tune` from dev data of SST-2, seed 0; see src/intarsia/bench/tune.py.",
+        "method,rate,how",
+        *(f"{method},{rate:g},{how}" for method, (rate, how) in found.items()),
+    ]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return found
