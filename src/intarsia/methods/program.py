@@ -4,6 +4,7 @@
 |---|---|---|
 | `Probe` | squared gradients on some training examples: the diagonal of the empirical Fisher matrix | FISH, Child-Tuning D, RoSA |
 | `Explore` | how far a full fine-tuning of a part of the steps moves them; it is then undone | LT-SFT |
+| `WarmUp` | none: trains the module's other parts for a while, so that the next phase looks at the base beside these; then undone | RoSA |
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ class Probe:
     """Attributes:
     rows: training examples to look at.
     by: squares of the gradient of every `example`, or of the mean over a `batch` of `batch_size`.
+    head_counts: the parameters of the module's head are among the entries that may be trained, so that so many fewer of
+        the base are chosen.
     """
 
     rows: int = 1024
     by: Literal["example", "batch"] = "example"
     batch_size: int = 16
+    head_counts: bool = False
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.batch_size < 1:
@@ -51,15 +55,45 @@ class Explore:
     """
 
     share: float = 0.5
-    learning_rate: float = 5e-5
+    learning_rate: float | None = 5e-5
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share < 1.0:
             raise SpecError(f"the share of the steps lies between 0 and 1, found {self.share}")
 
+    def steps_of(self, total: int) -> int:
+        """Steps out of the run's that the phase takes."""
+        return max(1, round(self.share * total))
+
     def chooses(self) -> str:
         """What the choice goes by, in a few words."""
         return "how far a full fine-tuning moves the weights"
+
+
+@register("warm_up")
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Attributes:
+    steps: optimiser steps.
+    share: of the run's steps that these are at most.
+    learning_rate: None for those of the method.
+    """
+
+    steps: int = 64
+    share: float = 0.25
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0.0 < self.share < 1.0:
+            raise SpecError(f"a warm-up needs steps of at least 1 and a share of the run's between 0 and 1, found {self}")
+
+    def steps_of(self, total: int) -> int:
+        """Steps out of the run's that the phase takes."""
+        return max(1, min(self.steps, round(self.share * total)))
+
+    def chooses(self) -> str:
+        """What the choice goes by, in a few words."""
+        return "nothing by itself: the other parts are trained first"
 
 
 @register("distance")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from intarsia.methods.gradients import ChildGradients
 from intarsia.methods.method import Group, Method, Patch, Policy, row
-from intarsia.methods.program import Distance, Explore, Probe
+from intarsia.methods.program import Distance, Explore, Probe, WarmUp
 from intarsia.methods.rows import full
 from intarsia.patches import Add, Affine, LowRank, Matrix, Sparse
 
@@ -37,8 +37,8 @@ def child_tuning_d(density: float = 0.3, rows: int = 1024, batch_size: int = 16,
 
 @row("fish", equation="W' = W + D on the k entries with the largest empirical Fisher information", source="Sung, Nair & Raffel 2021, arXiv 2111.09839")
 def fish(density: float = 0.005, rows: int = 1024, at: str = "**") -> Method:
-    """A fixed sparse mask: the entries whose squared gradients, example by example, are largest."""
-    return entries("fish", Sparse(density), at, Policy(learning_rate=2e-4, program=(Probe(rows, "example"),)))
+    """A fixed sparse mask: the entries whose squared gradients, example by example, are largest; a head counts among the k."""
+    return entries("fish", Sparse(density), at, Policy(learning_rate=2e-4, program=(Probe(rows, "example", head_counts=True),)))
 
 
 @row("lt_sft", equation="W' = W + D on the k entries that a full fine-tuning moves farthest, from the start again", source="Ansell et al. 2022, arXiv 2110.07560")
@@ -56,9 +56,14 @@ def shira(rank: int = 8, seed: int = 0, at: str = ATTENTION, layers: str | None 
 
 
 @row("rosa", equation="W' = W + (alpha / r) B A + D, D sparse where squared gradients are largest", source="Nikdan et al. 2024, arXiv 2401.04679")
-def rosa(rank: int = 16, alpha: float = 16.0, density: float = 0.018, rows: int = 64) -> Method:
-    """A low-rank and a sparse change of all projections side by side, each with its learning rate."""
+def rosa(rank: int = 16, alpha: float = 16.0, density: float = 0.018, rows: int = 32, warmup: int = 64) -> Method:
+    """A low-rank and a sparse change of all projections side by side, each with its learning rate.
+
+    As released: the low-rank part is trained alone for `warmup` steps (at most a quarter of the run's), the gradient of `rows`
+    examples beside it chooses the entries, and both parts start anew.  `warmup=0` looks at the untouched model.
+    """
     lora = Patch("lora", PROJECTIONS, Affine(LowRank(rank)), Add(alpha / rank), tag="low_rank")
     sparse = Patch("delta", LINEARS, Matrix(Sparse(density, scope="site")), port="weight")
-    policy = Policy(learning_rate=2e-4, groups=(Group("low_rank", 3.5),), program=(Probe(rows, "batch"),))
-    return Method("rosa", (lora, sparse), policy)
+    probe = Probe(rows, "batch", rows)
+    program = (WarmUp(warmup), probe) if warmup else (probe,)
+    return Method("rosa", (lora, sparse), Policy(learning_rate=2e-4, groups=(Group("low_rank", 3.5),), program=program))

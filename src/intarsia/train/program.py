@@ -3,12 +3,13 @@
 A phase looks at the base's entries through a *twin*: a module with a dense zero change at the same sites.  The gradient of its
 tensors is that of the base's weights, and training it is full fine-tuning of these; the base itself is never written to.
 The twin is taken off again, so what remains of a phase is which entries were chosen: the module starts anew (rewinding).
+A warm-up trains another twin, of the module's other parts, which stands for the module until the program ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from intarsia.compose import Expr, Ref, Seq
 from intarsia.errors import TrainingError
 from intarsia.host import Host
 from intarsia.methods import Method, Policy
-from intarsia.methods.program import Explore, Probe
+from intarsia.methods.program import Explore, Probe, WarmUp
 from intarsia.patches import Dense, Matrix
 from intarsia.patches.factors import DenseFactor
 from intarsia.patches.sparse import SparseFactor, best
@@ -27,7 +28,7 @@ from intarsia.train.frozen import evaluating
 from intarsia.train.order import steps
 from intarsia.train.task import Features, Task, context_of
 
-Explorer = Callable[[str, Expr, Explore], None]
+Explorer = Callable[[str, Expr, Explore | WarmUp], None]
 """Trains a twin under an expression as a phase says."""
 
 
@@ -60,31 +61,64 @@ def choose(
         Number of entries chosen, by phase; empty for a method without a program.
     """
     chosen: dict[str, int] = {}
-    for phase in host.method(name).policy.program:
-        factors = sparse_factors(host, name)
-        with _twin(host, name, whole=isinstance(phase, Explore)) as twin:
-            if isinstance(phase, Probe):
-                scores = squares(host, twin, name, task, features, Seq((expression, Ref(twin))), phase, seed)
-            elif isinstance(phase, Explore):
-                explore(twin, replaced(expression, name, twin), phase)
-                scores = {key: value.abs() for key, value in _dense(host, twin).items()}
-            else:
-                raise TrainingError(f"no way to carry out the phase {phase!r}")
-            apply(factors, {key: scores[key].detach().cpu() for key in factors})
-        chosen[type(phase).__name__.lower()] = sum(len(factor.index) for factor in factors.values())
+    stand_in = name
+    with ExitStack() as until_the_end:
+        for phase in host.method(name).policy.program:
+            if isinstance(phase, WarmUp):
+                stand_in = until_the_end.enter_context(_others(host, name))
+                explore(stand_in, replaced(expression, name, stand_in), phase)
+                continue
+            factors = sparse_factors(host, name)
+            with _twin(host, name, whole=isinstance(phase, Explore)) as twin:
+                if isinstance(phase, Probe):
+                    here = replaced(expression, name, stand_in)
+                    scores = squares(host, twin, stand_in, task, features, Seq((here, Ref(twin))), phase, seed)
+                elif isinstance(phase, Explore):
+                    explore(twin, replaced(expression, name, twin), phase)
+                    scores = {key: value.abs() for key, value in _dense(host, twin).items()}
+                else:
+                    raise TrainingError(f"no way to carry out the phase {phase!r}")
+                spent = _head_size(host, name) if isinstance(phase, Probe) and phase.head_counts else 0
+                apply(factors, {key: scores[key].detach().cpu() for key in factors}, spent)
+            chosen[type(phase).__name__.lower()] = sum(len(factor.index) for factor in factors.values())
     return chosen
 
 
-def apply(factors: dict[str, SparseFactor], scores: dict[str, Tensor]) -> None:
-    """Choose as many entries as there are now: the best of all factors of scope `all` together, of the others each its own."""
+def _head_size(host: Host, name: str) -> int:
+    """Parameters of a module's head."""
+    return sum(parameter.numel() for parameter in host.tagged(name).get("head", {}).values())
+
+
+def apply(factors: dict[str, SparseFactor], scores: dict[str, Tensor], spent: int = 0) -> None:
+    """Choose as many entries as there are now: the best of all factors of scope `all` together, of the others each its own.
+
+    Args:
+        spent: entries of those of scope `all` that something else takes.
+    """
     together = {key: scores[key] for key, factor in factors.items() if factor.spec.scope == "all"}
     if together:
-        found = best(together, sum(len(factors[key].index) for key in together))
-        for key, index in found.items():
+        count = sum(len(factors[key].index) for key in together)
+        if count <= spent:
+            raise TrainingError(f"a head of {spent:,} parameters leaves none of the {count:,} entries that may be trained; raise density")
+        for key, index in best(together, count - spent).items():
             factors[key].choose(index)
     for key, factor in factors.items():
         if key not in together:
             factor.choose(best({key: scores[key]}, len(factor.index))[key])
+
+
+@contextmanager
+def _others(host: Host, name: str) -> Iterator[str]:
+    """A module of everything but the sparse patches of one."""
+    method = host.method(name)
+    sparse = {key.split("/", 1)[1] for key in sparse_factors(host, name)}
+    other = f"{name}-warm"
+    patches = tuple(patch for patch in method.patches if patch.name not in sparse)
+    host.add(other, Method(f"{method.name}_warmed", patches, replace(method.policy, program=()), method.source))
+    try:
+        yield other
+    finally:
+        host.remove(other)
 
 
 @contextmanager

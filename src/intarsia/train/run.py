@@ -68,7 +68,6 @@ class Run:
         self.per_epoch = per_epoch
         self.eval_every = recipe.eval_every or per_epoch
         self.save_every = recipe.save_every or (self.eval_every if dev_table is not None else per_epoch)
-        self.trainable = sum(p.numel() for p in {id(p): p for p in host.parameters(name).values()}.values())
         self.done = 0
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
@@ -92,6 +91,11 @@ class Run:
         """The clock starts."""
         self._began = time.monotonic()
         self.progress.start("train", self.total, self.done)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained: those of the chosen entries, once they are chosen."""
+        return sum(p.numel() for p in {id(p): p for p in self.host.parameters(self.name).values()}.values())
 
     @property
     def seconds(self) -> float:
