@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Attend, Concat, Diag, FormSpec, Matrix, OpSpec, Rot, Sparse, Tokens
 from intarsia.sites.address import SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
+from intarsia.store.convert.folder import as_float, exact_change, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
 from intarsia.store.convert.peft_kinds import KINDS, Layer
+from intarsia.store.convert.peft_origin import kept
 from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
 
@@ -70,15 +72,19 @@ def read_peft(
         StoreError: a file is missing; pickled weights are refused unless allowed.
         ModuleError: unknown field, method or tensor; a layer that the model lacks; layers of the model that the file lacks.
     """
+    path = Path(folder)
     with sound(os.fspath(folder)):
-        return _read(Path(folder), sites, base, name, weights, allow_pickle)
+        raw = read_config(path, CONFIG)
+        check(raw, str(path / CONFIG))
+        return assemble(raw, read_tensors(path, WEIGHTS, PICKLE, allow_pickle), sites, base, name or path.resolve().name, weights, str(folder))
 
 
-def _read(
-    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None, allow_pickle: bool
+def assemble(
+    raw: Mapping[str, Any], found: Mapping[str, Tensor], sites: SiteMap, base: Fingerprint, name: str, weights: Mapping[str, Tensor] | None, source: str
 ) -> tuple[Module, Report]:
-    config = check(read_config(folder, CONFIG), str(folder / CONFIG))
-    tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()}
+    """A module of a configuration and the tensors of a file."""
+    config = check(raw, source)
+    tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in found.items()}
     inner = {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)}
     outer = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
     shared = {key.removeprefix("base_model."): t for key, t in outer.items()}
@@ -90,23 +96,19 @@ def _read(
     else:
         unused = sorted(key for key in shared if not (config.kind == "VERA" and key in ("vera_A", "vera_B")))
         if unused:
-            raise ModuleError(f"{folder}: tensors that belong to no layer and to no known part of {config.kind}: {listing(unused)}")
-    layers = _by_layer(reading, inner, str(folder))
-    for path, found in layers.items():
-        _read_layer(reading, path, found)
+            raise ModuleError(f"{source}: tensors that belong to no layer and to no known part of {config.kind}: {listing(unused)}")
+    layers = _by_layer(reading, inner, source)
+    for path, members in layers.items():
+        _read_layer(reading, path, members)
     if config.kind not in _PROMPTS:
         _check_complete(reading, layers)
     if not reading.pieces:
-        raise ModuleError(f"{folder}: nothing in it can be carried: {'; '.join(reading.left_out) or 'it holds no tensors'}")
+        raise ModuleError(f"{source}: nothing in it can be carried: {'; '.join(reading.left_out) or 'it holds no tensors'}")
     method, ours = together(_method_name(config), reading.pieces, _policy(config), f"peft {config['peft_version']}, {config.kind}")
-    module = Module(
-        name or folder.resolve().name,
-        method,
-        ours,
-        base,
-        card=Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=f"Read from files of peft {config['peft_version']}."),
-    )
-    return module, Report(str(folder), config.kind, reading.carried, tuple(reading.left_out), tuple(reading.notes))
+    text = f"Read from files of peft {config['peft_version']}."
+    card = Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=text, recipe=kept(raw, found))
+    module = Module(name, method, ours, base, card=card)
+    return module, Report(source, config.kind, reading.carried, tuple(reading.left_out), tuple(reading.notes))
 
 
 def _method_name(config: Config) -> str:
@@ -195,7 +197,7 @@ def _read_rows(reading: _Reading, path: str, rows: Tensor) -> None:
     if len(index.unique()) != len(index) or tuple(rows.shape) != (len(index), width):
         raise ModuleError(f"{path}.{ROWS} has shape {tuple(rows.shape)}; {len(chosen)} different rows of {width} are expected")
     index, order = index.sort()
-    change = rows[order] - as_float(reading.weights[f"{site.path}.{site.param}"].detach().cpu())[index]
+    change = exact_change(rows[order], as_float(reading.weights[f"{site.path}.{site.param}"].detach().cpu())[index])
     flat = (index[:, None] * width + torch.arange(width)).flatten()
     form = Matrix(Sparse(max(len(index), 1) / site.shape[0]))
     reading.pieces.append(Piece(site.name, "rows", form, Add(), "weight", sparse_leaves(flat, change.flatten(), site.shape[0] * width)))
@@ -222,7 +224,7 @@ def _read_value(reading: _Reading, path: str, param: str, value: Tensor) -> None
         raise ModuleError(f"weights has no {site.path}.{site.param}; give model.state_dict() of the model whose sites these are")
     if old.shape != value.shape:
         raise ModuleError(f"{path}.{param} has shape {tuple(value.shape)}, the base's has {tuple(old.shape)}")
-    change = value - as_float(old.detach().cpu())
+    change = exact_change(value, as_float(old.detach().cpu()))
     reading.carried += 1
     if not change.any():
         return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, wr
 from intarsia.store.convert.paths import Paths, suffixes
 from intarsia.store.convert.peft_config import DEFAULTS, written
 from intarsia.store.convert.peft_kinds import KINDS, Fields, Kind
-from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS
+from intarsia.store.convert.peft_origin import narrowed, origin, same_file
+from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS, assemble
 from intarsia.store.convert.report import Report
 
 #: what peft saves and expects with each task class
@@ -82,6 +83,8 @@ def write_peft(
         ModuleError: a patch has no form in peft, or parts of it would be different methods there; nothing is written.
         StoreError: the folder already holds such files.
     """
+    before = {} if uniform else origin(module)
+    task_type, base_name = task_type or before.get("task_type"), base_name or before.get("base_model_name_or_path") or module.card.base or None
     writing = _Writing(Paths(sites), weights, uniform)
     prompts: dict[Patch, dict[str, dict[str, Tensor]]] = {}
     for (site_name, patch), tensors in _by_place(module, writing).items():
@@ -93,7 +96,7 @@ def write_peft(
         except SiteError as error:
             raise ModuleError(f"{module.name!r} does not fit this model: {error}") from None
         _place(writing, site, patch, tensors)
-    _expected_heads(writing, task_type)
+    _expected_heads(writing, task_type, before.get("modules_to_save") or ())
     others = any(not site.name.startswith("head.") for site, _ in writing.values.values())
     if writing.rows and (prompts or writing.layers or writing.biases or writing.values or len(writing.rows) > 1):
         raise ModuleError(f"{module.name!r} is more than new rows of one embedding; peft keeps one method per folder; {_ADVICE}")
@@ -108,19 +111,36 @@ def write_peft(
     else:
         kind, fields, tensors = _layers(module, writing)
     fields["task_type"] = task_type
-    fields["base_model_name_or_path"] = base_name or module.card.base or None
-    config = json_bytes(written(kind, **fields))
+    fields["base_model_name_or_path"] = base_name
+    tensors = narrowed(module, tensors)
+    config = written(kind, **fields)
+    if before and same_file(module, tensors):
+        earlier = {**before, "task_type": task_type, "base_model_name_or_path": base_name}
+        config = earlier if _gives(earlier, tensors, module, sites, weights) else config
     for what, there in (("label names", module.labels), ("the context", module.context), ("required modules", module.requires)):
         if there:
             writing.left_out.append(f"{what} ({listing(map(str, there), 4)}): peft's files have no place for it")
-    write_folder(folder, {CONFIG: config, WEIGHTS: tensor_bytes(tensors), "README.md": module.card.to_markdown().encode()})
-    return Report(module.name, kind, len(tensors), tuple(writing.left_out), tuple(writing.notes))
+    write_folder(folder, {CONFIG: json_bytes(config), WEIGHTS: tensor_bytes(tensors), "README.md": module.card.to_markdown().encode()})
+    return Report(module.name, str(config["peft_type"]), len(tensors), tuple(writing.left_out), tuple(writing.notes))
 
 
-def _expected_heads(writing: _Writing, task_type: str | None) -> None:
-    """peft's task classes expect the model's own head in the file, changed or not."""
-    for word in TASK_HEADS.get(task_type or "", ()):
-        writing.heads |= {path for path in writing.paths.known if path.split(".")[-1] == word}
+def _gives(config: Mapping[str, Any], tensors: Mapping[str, Tensor], module: Module, sites: SiteMap, weights: Mapping[str, Tensor] | None) -> bool:
+    """Whether a configuration with these tensors is read as the module, apart from its head."""
+    try:
+        again, _ = assemble(config, tensors, sites, module.base, module.name, weights, module.name)
+    except ModuleError:
+        return False
+    patches = {patch for patch in module.method.patches if patch.port != "logits"}
+    names = {patch.name for patch in patches}
+    mine = {key: t for key, t in module.tensors.items() if key.partition("/")[2].partition(".")[0] in names}
+    alike = again.tensors.keys() == mine.keys() and set(again.method.patches) == patches
+    return alike and all(torch.allclose(as_float(t), as_float(mine[key]).to(as_float(t).dtype), rtol=1e-5, atol=1e-7) for key, t in again.tensors.items())
+
+
+def _expected_heads(writing: _Writing, task_type: str | None, saved: Iterable[str]) -> None:
+    """peft's task classes expect the model's own head in the file, changed or not, and so does what a file said before."""
+    for word in (*TASK_HEADS.get(task_type or "", ()), *saved):
+        writing.heads |= {path for path in writing.paths.known if f".{word}." in f".{path}."}
 
 
 def _by_place(module: Module, writing: _Writing) -> dict[tuple[str, Patch], dict[str, Tensor]]:
@@ -205,7 +225,7 @@ def _embedding_rows(writing: _Writing, site: Site, rows: Mapping[int, Tensor]) -
     old = _base_value(writing, site.path, site.param or "weight")
     if old is None:
         raise ModuleError(f"weights has no {site.path}.{site.param}; give model.state_dict() of the model whose sites these are")
-    new = torch.stack([old[row] + change for row, change in rows.items()])
+    new = torch.stack([(old[row] + change).to(old.dtype) for row, change in rows.items()])
     owners = [path for path, _ in site.owners] or [site.path]
     target = next((path for path in owners if path == "shared"), site.path)
     return "TRAINABLE_TOKENS", {"token_indices": list(rows), "target_modules": [target.split(".")[-1]]}, {
@@ -362,7 +382,7 @@ def _new_value(writing: _Writing, path: str, param: str) -> Tensor | None:
     site, change = writing.values[path, param]
     if site.view is not None or old is None:
         raise ModuleError(f"{site.name}: a part of a fused parameter, or one that weights= does not have, is not written")
-    return old + (change.T if site.transposed and change.dim() == 2 else change)
+    return (old + (change.T if site.transposed and change.dim() == 2 else change)).to(old.dtype)
 
 
 def _values(writing: _Writing, kind: str, layers: Mapping[str, _Layer], fields: Fields) -> dict[str, Tensor]:
@@ -378,8 +398,8 @@ def _values(writing: _Writing, kind: str, layers: Mapping[str, _Layer], fields: 
             value = _new_value(writing, path, "bias")
             if value is not None:
                 found[f"{PREFIX}{path}.base_layer.bias"] = value
-    saved = sorted(({path for path, _ in writing.values} | writing.heads) - set(layers))
-    for path in saved:
+    saved = {_whole_head(path) for path in ({path for path, _ in writing.values} | writing.heads) - set(layers)}
+    for path in sorted(path for path in writing.paths.known if path not in layers and any(f"{path}.".startswith(f"{head}.") for head in saved)):
         for param in ("weight", "bias"):
             value = _new_value(writing, path, param)
             if value is not None:
@@ -388,6 +408,13 @@ def _values(writing: _Writing, kind: str, layers: Mapping[str, _Layer], fields: 
         known = next((list(words) for words in TASK_HEADS.values() if all(path in words for path in saved)), None)
         fields["modules_to_save"] = known or suffixes(saved, writing.paths.known)
     return found
+
+
+def _whole_head(path: str) -> str:
+    """The module that peft saves for one inside a head of several layers."""
+    words = path.split(".")
+    heads = {word for known in TASK_HEADS.values() for word in known}
+    return next((".".join(words[: end + 1]) for end, word in enumerate(words) if word in heads), path)
 
 
 def _only_values(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, Tensor]]:
