@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intarsia.bench.jobs import Job, Results, plan, rates, shots, source
-from intarsia.bench.page import interval, write
+from intarsia.bench import tune
+from intarsia.bench.jobs import SET, Job, Results, plan, rates, shots, source
+from intarsia.bench.page import interval, latest, write
 from intarsia.data import Table
 from intarsia.errors import DataError, UsageError
 from intarsia.methods import METHODS
@@ -46,7 +47,7 @@ def test_results_survive_a_torn_line(tmp_path: Path) -> None:
     results.add(JOB, {"score": 0.5})
     with results.path.open("a") as file:
         file.write('{"task": "sst')
-    assert results.done() == {JOB.key}
+    assert results.done() == {JOB}
     other = Job("sib200", "minilm-l6", "lora", 1, 700, 100)
     with pytest.raises(DataError, match="line 2"):
         results.add(other, {"score": 0.25})
@@ -56,25 +57,56 @@ def test_results_survive_a_torn_line(tmp_path: Path) -> None:
 def test_plan_goes_seed_by_seed_and_knows_its_names() -> None:
     jobs = list(plan(["sst2"], "b", ["head", "lora"], [0, 1], [16], 5))
     assert [(j.seed, j.method) for j in jobs] == [(0, "head"), (0, "lora"), (1, "head"), (1, "lora")]
-    assert set(rates()) <= set(METHODS)
+    assert set(rates()) | set(SET) <= set(METHODS)
+    assert all(METHODS[name].build(**values) for name, values in SET.items())
+    e2e = [(j.base, j.seed, j.method, j.steps) for j in plan(["e2e"], None, ["head", "lora"], [0, 1])]
+    assert e2e == [("smollm2-135m", 0, "base", 30), ("smollm2-135m", 0, "lora", 30), ("smollm2-135m", 1, "lora", 30)]
     with pytest.raises(UsageError, match="sst2"):
         source("sst3")
 
 
+def test_results_of_other_settings_count_no_more_and_failures_go_after_success(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.jsonl")
+    fish = Job("sst2", "minilm-l6", "fish", 0, 700, 100, rates().get("fish"))
+    results.add(JOB, {"failed": "x"})
+    results.add(fish, {"score": 0.5, "set": {"rows": 1024}})
+    assert results.done() == set() and results.tidy() == 0
+    results.add(fish, {"score": 0.6, "set": SET["fish"]})
+    results.add(JOB, {"score": 0.7})
+    assert results.done() == {JOB, fish} and results.tidy() == 1
+    assert [line.get("score") for line in results.read()] == [0.5, 0.6, 0.7]
+    other = Job(**{**{name: getattr(JOB, name) for name in Job.__dataclass_fields__}, "rate": 123.0})
+    results.add(other, {"score": 0.9})
+    assert {line["method"]: line["score"] for line in latest(results.read()) if line["rate"] == rates().get(str(line["method"]))}["fish"] == 0.6
+    assert 0.9 not in {line["score"] for line in latest(results.read())}, "a rate that is not the method's now"
+
+
+def test_tuning_climbs_until_it_learns_less_and_the_own_rate_wins_a_draw(tmp_path: Path) -> None:
+    results, path = Results(tmp_path / "t.jsonl"), tmp_path / "rates.csv"
+    scores = {"lora": [0.7, 0.8, 0.75], "ln": [0.7, 0.6], "road": [0.7, 0.7, 0.7], "head": [0.7, 0.6, 0.9]}
+    for job in tune.trials(list(scores), results, "sst2"):
+        results.add(job, {"score": scores[job.method].pop(0)})
+    assert not any(scores.values()), "each score was asked for once, and no more than those"
+    found = tune.write(results.read(), path)
+    assert {name: rate for name, (rate, _) in found.items()} == {"lora": 1.5e-3, "dora": 6e-4, "rslora": 6e-4, "head": 1.7e-3}
+    assert "lora,0.0015,dev 0.0005: 0.700; 0.0015: 0.800; 0.005: 0.750" in path.read_text()
+
+
 def test_the_page_says_what_is_below_head_only(tmp_path: Path) -> None:
-    common = {"task": "sst2", "base": "b", "steps": 5, "metric": "accuracy", "low": 0.6, "high": 0.8, "rows": 10, "trainable": 1234, "stored": 99,
+    common = {"task": "t", "base": "b", "steps": 5, "metric": "accuracy", "low": 0.6, "high": 0.8, "rows": 10, "trainable": 1234, "stored": 99,
               "step_ms": 3.0, "peak_mib": 7, "on": "a machine", "rate": None}  # fmt: skip
     lines = [
         {**common, "method": method, "seed": seed, "examples": n, "score": score + seed / 100 + n / 1e4}
-        for method, score in (("head", 0.7), ("good", 0.8), ("bad", 0.5)) for seed in (0, 1, 2) for n in (16, 64)
+        for method, score in (("head", 0.7), ("full", 0.8), ("bad", 0.5)) for seed in (0, 1, 2) for n in (16, 64)
     ]  # fmt: skip
-    none = {"task": "sst2", "base": "b", "steps": 5, "method": "none", "seed": 0, "examples": 64, "refused": "no such site"}
+    none = {"task": "t", "base": "b", "steps": 5, "method": "none", "seed": 0, "examples": 64, "rate": None, "refused": "no such site"}
     write([*lines, none], tmp_path / "m.md")
     page = (tmp_path / "m.md").read_text()
-    assert "Below head-only here: `bad`." in page and "`none`: no such site" in page
-    assert page.index("| `good` |") < page.index("| `head` |") < page.index("| `bad` |")
-    assert (tmp_path / "m-sst2.png").stat().st_size > 5000
-    assert "| 1,234 | 99 | 3 | 7 |" in page and "+0.100" in page and "-0.200 (below)" in page
+    assert "No better than `head` in the mean: `bad`." in page and "`none`: no such site" in page and "Not measured yet: `freeze_k`" in page
+    assert page.index("| `full` |") < page.index("| `head` |") < page.index("| `bad` |")
+    assert (tmp_path / "m-t.png").stat().st_size > 5000
+    assert "| 1,234 | 99 | 3 | 7 |" in page and "+0.100" in page and "-0.200 (worse)" in page
+    assert "* 16 examples: 0 of 1 are above full fine-tuning (0.812)." in page
 
 
 def test_interval_is_students() -> None:

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from intarsia.data import Table, read
 from intarsia.errors import DataError, UsageError, listing, nearest
@@ -126,9 +127,10 @@ class Job:
     steps: int
     rate: float | None = None
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.task, self.base, self.method, self.seed, self.examples, self.steps, self.rate)
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Job:
+        """The job of a result."""
+        return cls(**{name: line.get(name) for name in cls.__dataclass_fields__})
 
 
 @cache
@@ -138,9 +140,23 @@ def rates() -> dict[str, float]:
     return {row["method"]: float(row["rate"]) for row in csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))}
 
 
-SET: dict[str, dict[str, object]] = {"fish": {"rows": 128}}
-"""Settings of a method that differ from its own in all jobs: the paper of FISH finds masks from 32 examples as good as from 1024,
-and each costs a backward pass over the whole base."""
+def rate_of(task: str, method: str) -> float | None:
+    """The learning rate of a method in a task's jobs; None for its own.  The rates are those of classification."""
+    return rates().get(method) if task not in SOURCES or SOURCES[task].kind == "classify" else None
+
+
+VALUES = "attn.{q,v}.weight"
+SET: dict[str, dict[str, object]] = {
+    "c3a": {"block": 128},
+    "fish": {"rows": 128},
+    "intrinsic": {"at": VALUES},
+    "said": {"at": VALUES},
+}
+"""Settings of a method that differ from its own in all jobs.
+
+C3A: blocks of 256 do not tile a base that is 384 wide.  FISH: each example costs a backward pass over the whole base, and its
+paper finds masks from 32 examples as good as from 1024.  Fastfood over all weights of a base takes ten seconds a step.
+"""
 
 
 def plan(
@@ -153,7 +169,12 @@ def plan(
             for count in examples or (task.examples,):
                 for method in known:
                     if method != BASE or seed == seeds[0]:  # nothing about the base depends on a seed
-                        yield Job(task.name, base or task.base, method, seed, count, steps or task.steps, rates().get(method) if task.kind == "classify" else None)
+                        yield Job(task.name, base or task.base, method, seed, count, steps or task.steps, rate_of(task.name, method))
+
+
+def current(line: Mapping[str, Any]) -> bool:
+    """Whether a result has the settings that its method has here now."""
+    return line.get("set") == SET.get(str(line["method"]))
 
 
 class Results:
@@ -182,15 +203,14 @@ class Results:
                     raise DataError(f"{self.path}, line {number}: not a result") from None
         return found
 
-    def done(self) -> set[tuple[object, ...]]:
-        """Keys of the jobs that are in the file; one that failed is not done."""
-        names = list(Job.__dataclass_fields__)
-        return {tuple(line.get(name) for name in names) for line in self.read() if "failed" not in line}
+    def done(self) -> set[Job]:
+        """The jobs that are in the file; one that failed, or was run with other settings (`SET`), is not done."""
+        return {Job.of(line) for line in self.read() if "failed" not in line and current(line)}
 
     def tidy(self) -> int:
         """Drop the lines of failed jobs that were run again with success; gives their number."""
         lines, done = self.read(), self.done()
-        kept = [line for line in lines if "failed" not in line or tuple(line.get(name) for name in Job.__dataclass_fields__) not in done]
+        kept = [line for line in lines if "failed" not in line or Job.of(line) not in done]
         if len(kept) < len(lines):
             new = self.path.with_suffix(".new")
             new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -157,7 +157,7 @@ def run(jobs: Iterable[Job], data: Path, results: Results, say: Callable[[str], 
     done = results.done()
     count = 0
     for job in jobs:
-        if job.key in done:
+        if job in done:
             continue
         try:
             values = run_job(job, data, dev_only=dev_only)

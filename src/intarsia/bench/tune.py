@@ -7,15 +7,20 @@ same chance as the others.  What is not here: the test set, which plays no part 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.bench.jobs import Job, source
+from intarsia.bench.jobs import Job, Results, source
 from intarsia.methods import METHODS
 
-TIMES: dict[str, tuple[float, ...]] = {"full": (1, 3), "head": (1, 1 / 3, 3, 10), "perfect": (1, 3, 10, 30), "prompt": (1, 3)}
-"""Multiples of a method's own rate that are tried, where they are not 1, 3 and 10."""
+TIMES = (1.0, 3.0, 10.0)
+"""Multiples of a method's own rate that are tried, one after the other."""
+MORE: dict[str, tuple[float, ...]] = {"full": (1, 3), "head": (1, 3, 10, 1 / 3), "perfect": (1, 3, 10, 30, 100), "prompt": (1, 3)}
+"""Where they are others."""
+FALL = 0.01
+"""A method that has lost this much against its best is not tried at still higher rates."""
 ALIKE: dict[str, tuple[str, ...]] = {
     "adapter_lowrank": ("compacter", "phm_adapter"),
     "boft": ("oft",),
@@ -33,13 +38,27 @@ def own(method: str) -> float:
     return METHODS[method].build().policy.learning_rate
 
 
-def trials(methods: Sequence[str], task: str, base: str | None = None, examples: int | None = None, steps: int | None = None) -> Iterator[Job]:
-    """The jobs: of every method its own rate first; what is None is the task's own."""
+def trials(
+    methods: Sequence[str], results: Results, task: str, base: str | None = None, examples: int | None = None, steps: int | None = None
+) -> Iterator[Job]:
+    """The jobs: of every method its own rate first, then higher ones until it learns less; what is None is the task's own.
+
+    Args:
+        results: where the scores are found of what was tried before.
+    """
     about = source(task)
     base, examples, steps = base or about.base, examples or about.examples, steps or about.steps
     for method in methods:
-        for times in TIMES.get(method, (1, 3, 10)):
-            yield Job(task, base, method, 0, examples, steps, None if times == 1 else rounded(own(method) * times))
+        best, limit = 0.0, math.inf
+        for times in MORE.get(method, TIMES):
+            if times > limit:
+                continue
+            job = Job(task, base, method, 0, examples, steps, None if times == 1 else rounded(own(method) * times))
+            yield job
+            score = next((float(str(x["score"])) for x in results.read() if Job.of(x) == job and "score" in x), 0.0)
+            if score < best - FALL:
+                limit = times
+            best = max(best, score)
 
 
 def rounded(rate: float) -> float:
