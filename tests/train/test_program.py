@@ -63,7 +63,7 @@ def test_only_chosen_entries_change_and_their_number_is_exact(method: str) -> No
     host, _ = make.host("classify", method, **SETTINGS[method])
     fresh = {key: f.index.clone() for key, f in sparse_factors(host, "m").items()}
     total = sum(len(index) for index in fresh.values()) - (host.count(head_patch_only()) if method == "fish" else 0)
-    host, result = run(method)
+    host, _ = run(method)
     factors = sparse_factors(host, "m")
     assert sum(len(f.index) for f in factors.values()) == total
     assert any(len(f.index) != len(fresh[key]) or not torch.equal(f.index, fresh[key]) for key, f in factors.items()), "something was chosen"

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from intarsia.errors import TrainingError
 from intarsia.methods import Group, Policy, build
+from intarsia.methods.method import Stage
 from intarsia.patches import Head, LanguageModelHead
 from intarsia.train import Recipe
-from intarsia.train.rates import HEAD_RATE, LM_HEAD_RATE, Rate, factor, groups, optimiser_groups, rates
+from intarsia.train.rates import HEAD_RATE, LM_HEAD_RATE, Rate, factor, groups, optimiser_groups, rates, staged
 from tests.train import make
 
 HEAD = Head(("a", "b"))
@@ -72,3 +73,15 @@ def test_no_step_is_wasted_and_rates_rise_then_fall(total: int, share: float, sc
     falling = [b - a for a, b in pairwise(found[warmup:])]
     assert all(d > 0 for d in rising) and all(d == 0 if schedule == "constant" else d < 0 for d in falling)
     assert factor(total, warmup, total, schedule) == pytest.approx(1.0 if schedule == "constant" else 0.0)
+
+
+def test_a_schedule_begins_anew_at_every_stage() -> None:
+    """Rounds of 10 steps are trained alike; a round that is rewound to step 3 goes on from there; a stage may have its own factor."""
+    alone = [factor(step, 1, 10, "linear") for step in range(10)]
+    whole = [staged(step, [Stage(10), Stage(20, rate=5.0)], 0.1, 30, "linear") for step in range(30)]
+    assert whole == alone + alone + [5 * share for share in alone]
+    assert [staged(step, [Stage(10, rate=5.0)], 0.1, 20, "linear", scaled=False) for step in range(20)] == alone + alone
+    late = [staged(step, [Stage(10, skip=3)], 0.1, 17, "cosine") for step in range(17)]
+    first = [factor(step, 1, 10, "cosine") for step in range(10)]
+    assert late == first + first[3:]
+    assert [staged(step, [], 0.1, 10, "linear") for step in range(10)] == alone

@@ -57,6 +57,22 @@ def test_an_interruption_changes_nothing(method: str, tmp_path: Path) -> None:
     assert run(method, tmp_path, resume=True)[1].module.digest == whole.module.digest
 
 
+def rate_lines(method: str, recipe: Recipe, **settings: Any) -> list[float]:
+    host, task = make.host("classify", method, **settings)
+    result = train(host, "m", task, make.table(24), recipe=replace(recipe, log_every=1))
+    return [line["learning_rate"] for line in result.history if "learning_rate" in line]
+
+
+def test_rounds_and_stages_have_a_schedule_each() -> None:
+    """Lottery tickets are trained in every round as in the first, differences at fixed places five times as fast as before."""
+    found = rate_lines("lottery", RECIPE, **METHODS["lottery"])
+    assert found[:4] == pytest.approx(found[4:8]) and found[:4] == pytest.approx(found[8:]) and found[0] > found[3]
+    late = rate_lines("lottery", RECIPE, **METHODS["lottery"] | {"late": 2})
+    assert late[0] == pytest.approx(found[0]) and late[4] < late[0], "a rewound round goes on from the step it is rewound to"
+    found = rate_lines("diff_pruning", RECIPE, **METHODS["diff_pruning"])
+    assert found[6:] == pytest.approx([5 * rate for rate in found[:6]])
+
+
 def test_a_mask_keeps_exactly_its_share_and_passes_the_gradient_through() -> None:
     assert largest(torch.tensor([1.0, 2.0, 2.0, 2.0]), 2).tolist() == [False, True, True, False], "ties go to the first"
     host, result = run("supermask")

@@ -92,6 +92,21 @@ class Penalty(Protocol):
         """The term, already weighted, for the forms of a module and its tied parts; None if none of them concerns it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a training whose learning-rate schedule begins anew.
+
+    Attributes:
+        begin: optimiser steps before it.
+        skip: steps of its schedule that are left out: it goes on from there.
+        rate: multiplies the learning rates of all but the head.
+    """
+
+    begin: int
+    skip: int = 0
+    rate: float = 1.0
+
+
 @runtime_checkable
 class StepRule(Protocol):
     """What a method does to its tensors between optimiser steps: a frozen, registered dataclass."""
@@ -105,8 +120,9 @@ class StepRule(Protocol):
             memory: what the rule remembers; kept with the checkpoint.
             states: the optimiser's state of every parameter, to be changed in place.
 
-        Two more methods are used where a rule has them: `begin(step, parts, memory)` before the first forward of a step, and
-        `settled(total) -> int`, the step before which no evaluation is taken for the best one.
+        Three more methods are used where a rule has them: `begin(step, parts, memory)` before the first forward of a step,
+        `settled(total) -> int`, the step before which no evaluation is taken for the best one, and `stages(total) -> [Stage]`,
+        where the learning-rate schedule begins anew.
         """
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from intarsia._codec import register
 from intarsia.errors import SpecError
-from intarsia.methods.method import States
+from intarsia.methods.method import Stage, States
 from intarsia.patches.masks import HardConcreteFactor, TicketForm
 from intarsia.patches.matrix import MatrixForm
 from intarsia.patches.sparse import best
@@ -64,10 +64,12 @@ class Project:
     """Attributes:
     density: share of all entries that may differ from the base, exact in number: floor(density * size).
     share: of the steps before the choice; the others train the chosen entries.
+    rate: multiplies the learning rate of these steps (the paper: 1e-5 before, 5e-5 then).
     """
 
     density: float = 0.005
     share: float = 0.5
+    rate: float = 5.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.density <= 1.0 or not 0.0 < self.share < 1.0:
@@ -76,6 +78,10 @@ class Project:
     def settled(self, total: int) -> int:
         """The step after which the entries stay."""
         return max(1, round(self.share * total))
+
+    def stages(self, total: int) -> list[Stage]:
+        """The training of the chosen entries is one of its own."""
+        return [Stage(self.settled(total), rate=self.rate)]
 
     @torch.no_grad()
     def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:
@@ -125,6 +131,10 @@ class Prune:
     def settled(self, total: int) -> int:
         """The step after which the entries stay."""
         return self.ends(total)[-1]
+
+    def stages(self, total: int) -> list[Stage]:
+        """Every round is trained like the first, from the step it is rewound to."""
+        return [Stage(end, skip=self.late) for end in self.ends(total)]
 
     @torch.no_grad()
     def after_step(self, step: int, total: int, parts: Mapping[str, nn.Module], memory: dict[str, Tensor], states: States) -> None:

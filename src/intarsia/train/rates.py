@@ -6,7 +6,7 @@ A head has its own rate.  Vectors (biases, gains, scales) never decay, nor do he
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from intarsia.errors import TrainingError
 from intarsia.host import Host
 from intarsia.methods import Method
+from intarsia.methods.method import Stage
 from intarsia.patches import Biaffine, LanguageModelHead
 from intarsia.train.recipe import Recipe
 
@@ -103,3 +104,19 @@ def factor(step: int, warmup: int, total: int, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     return 1.0 - gone if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * gone))
+
+
+def staged(step: int, stages: Sequence[Stage], warmup: float, total: int, schedule: str, scaled: bool = True) -> float:
+    """Share of the learning rate at a step, counted from 0, where the schedule begins anew at every stage.
+
+    Args:
+        stages: by their beginnings; before the first one the run is a stage of its own.
+        warmup: share of a stage's steps in which the rate rises to 1.
+        scaled: whether a stage's own factor is for this group.
+    """
+    begun = [stage for stage in stages if stage.begin <= step]
+    now = begun[-1] if begun else Stage(0)
+    end = stages[len(begun)].begin if len(begun) < len(stages) else total
+    length = max(end - now.begin + now.skip, 1)
+    rise = min(round(warmup * length), length - 1)
+    return (now.rate if scaled else 1.0) * factor(step - now.begin + now.skip, rise, length, schedule)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from intarsia.host import Host
 from intarsia.methods import dropped_layers
+from intarsia.methods.method import Stage
 from intarsia.patches import Form
 
 
@@ -44,6 +45,12 @@ class Rules:
     def settled(self) -> int:
         """The first step whose tensors have the form that the policy ends with."""
         return max((rule.settled(self.total) for rule in self.policy.steps if hasattr(rule, "settled")), default=0)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Where the learning-rate schedule begins anew, in order."""
+        found = [stage for rule in self.policy.steps if hasattr(rule, "stages") for stage in rule.stages(self.total)]
+        return sorted(found, key=lambda stage: stage.begin)
 
     def penalty(self) -> Tensor | None:
         """The terms that the method adds to the loss, [], once per step on every process: gradients are averaged over these."""
