@@ -7,6 +7,7 @@ vectors, measured once on training data (`calibrate`); they are part of the modu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -80,13 +81,23 @@ class Standardised(Form):
         return (x - self.mean) * self.scale if self.spec.standardise else x
 
 
+class Hidden(nn.Module):
+    """A layer before the last: weight [d, d], bias [d]."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+
 class HeadForm(Standardised):
     """logits: [B, n] or, with `token` pooling, [B, T, n]."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, spec: Head) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, spec: Head, hidden: Sequence[Hidden] = ()) -> None:
         super().__init__(spec, weight)
         self.weight = weight
         self.bias = bias
+        self.hidden = nn.ModuleList(hidden)
 
     def features(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """What the linear map reads before centring."""
@@ -94,27 +105,34 @@ class HeadForm(Standardised):
 
     def forward(self, h: Any, seen: Seen) -> Tensor:
         x = self.standardised(self.features(seen.input, seen.mask))
+        for layer in self.hidden:
+            x = ACTIVATIONS[self.spec.activation](F.linear(dropped(x, self.spec.dropout, self.training), layer.weight, layer.bias))  # type: ignore[arg-type]
         return F.linear(dropped(x, self.spec.dropout, self.training), self.weight, self.bias)
 
     def export(self) -> tuple[Head, dict[str, Tensor]] | None:
-        """The same head with centre and scale folded into the linear map."""
+        """The same head with centre and scale folded into the first linear map."""
         if not self.spec.standardise:
             return None
+        first = "hidden.0." if self.hidden else ""
+        tensors = dict(self.named_parameters())
         with torch.no_grad():
-            weight = self.weight * self.scale
-            return replace(self.spec, standardise=False), {"weight": weight, "bias": self.bias - weight @ self.mean}
+            weight = tensors[f"{first}weight"] * self.scale
+            folded = {f"{first}weight": weight, f"{first}bias": tensors[f"{first}bias"] - weight @ self.mean}
+        return replace(self.spec, standardise=False), {**tensors, **folded}
 
 
 @register("head")
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A linear head.
+    """A linear head, or one of several layers.
 
     Attributes:
         labels: names of the outputs in order; one name for regression.
         pooling: what is classified: the masked `mean`, the `first` or `last` token, or every `token`.
         problem: how the logits are read: `single` label, `multi` label, `regression`.
         standardise: centre and scale the features (see the module's docstring).
+        layers: linear maps; all but the last keep the width and are followed by the activation.
+        activation: between layers.
     """
 
     labels: tuple[str, ...]
@@ -122,46 +140,75 @@ class Head:
     problem: Literal["single", "multi", "regression"] = "single"
     dropout: float = 0.1
     standardise: bool = True
+    layers: int = 1
+    activation: str = "tanh"
 
     def __post_init__(self) -> None:
         if not self.labels:
             raise SpecError("a head needs at least one label name (regression: one name for the value)")
         if len(set(self.labels)) != len(self.labels):
             raise SpecError(f"label names of a head must differ, found {self.labels}")
+        if self.layers < 1:
+            raise SpecError(f"a head has at least one layer, found {self.layers}")
+        ACTIVATIONS[self.activation]
 
     def build(self, place: Place) -> HeadForm:
         n, d = len(self.labels), place.reads
-        return HeadForm(place.parameter(n, d, fill=normal(0.02)), place.parameter(n), self)
+        last = place.parameter(n, d, fill=normal(0.02)), place.parameter(n)
+        hidden = [Hidden(place.parameter(d, d, fill=normal(0.02)), place.parameter(d)) for _ in range(self.layers - 1)]
+        return HeadForm(*last, self, hidden)
 
 
 class LanguageModelHeadForm(Form):
-    """logits over the vocabulary, [B, T, V]: LN(act(dense(x))) @ embedding^T + bias."""
-
-    dense: nn.Parameter
-    dense_bias: nn.Parameter
-    norm: nn.Parameter
-    norm_bias: nn.Parameter
-    bias: nn.Parameter
+    """logits over the vocabulary, [B, T, V]: LN(act(dense(x))) @ embedding^T + bias, as far as the specification has these parts."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], spec: LanguageModelHead) -> None:
         super().__init__()
-        for name, value in parameters.items():
-            self.register_parameter(name, value)
+        for name in ("dense", "dense_bias", "norm", "norm_bias", "bias", "decoder"):
+            self.register_parameter(name, parameters.get(name))
         self.spec = spec
 
+    dense: nn.Parameter | None
+    dense_bias: nn.Parameter
+    norm: nn.Parameter | None
+    norm_bias: nn.Parameter
+    bias: nn.Parameter | None
+    decoder: nn.Parameter | None
+
     def forward(self, h: Any, seen: Seen) -> Tensor:
-        x = same_dtype(seen.input, self.dense)
-        x = ACTIVATIONS[self.spec.activation](F.linear(x, self.dense, self.dense_bias))
-        x = F.layer_norm(x, x.shape[-1:], self.norm, self.norm_bias, 1e-12)
-        return F.linear(seen.unembedding(x), same_dtype(seen.embedding, x), self.bias)
+        x = seen.input
+        if self.spec.scale != 1.0:
+            x = x * self.spec.scale
+        if self.dense is not None:
+            x = ACTIVATIONS[self.spec.activation](F.linear(same_dtype(x, self.dense), self.dense, self.dense_bias))
+        if self.norm is not None:
+            x = F.layer_norm(x, x.shape[-1:], self.norm, self.norm_bias, self.spec.epsilon)
+        rows = seen.embedding if self.decoder is None else self.decoder
+        x = seen.unembedding(x)
+        return F.linear(x, same_dtype(rows, x), self.bias)
 
 
 @register("lm_head")
 @dataclass(frozen=True, slots=True)
 class LanguageModelHead:
-    """A masked-LM head for a base that has none (Devlin et al. 2019), tied to the base's frozen word embeddings."""
+    """A language-model head for a base that has none (Devlin et al. 2019), tied to the base's frozen word embeddings.
+
+    Attributes:
+        dense: a linear map and the activation in front.
+        norm: a layer norm behind it.
+        bias: one number per word.
+        tied: to the word embeddings; else a matrix of its own, which starts from them.
+        epsilon: of the norm.
+        scale: of what the head reads (T5: width ** -0.5).
+    """
 
     activation: str = "gelu"
+    dense: bool = True
+    norm: bool = True
+    bias: bool = True
+    tied: bool = True
+    epsilon: float = 1e-12
+    scale: float = 1.0
 
     def build(self, place: Place) -> LanguageModelHeadForm:
         rows = place.embedding()
@@ -169,17 +216,19 @@ class LanguageModelHead:
             raise SpecError("a language-model head is tied to the word embeddings, and this base has none")
         v, e = rows.shape
         d = place.reads
-        near_identity = place.parameter(e, d, fill=normal(0.02))
-        if e == d and place.device.type != "meta":
-            with torch.no_grad():
-                near_identity.add_(torch.eye(d, device=near_identity.device))
-        return LanguageModelHeadForm(
-            {
-                "dense": near_identity,
-                "dense_bias": place.parameter(e),
-                "norm": place.parameter(e, fill=1.0),
-                "norm_bias": place.parameter(e),
-                "bias": place.parameter(v),
-            },
-            self,
-        )
+        if not self.dense and e != d:
+            raise SpecError(f"a language-model head without a dense layer reads {d} features and meets word embeddings of {e}")
+        found: dict[str, nn.Parameter] = {}
+        if self.dense:
+            found["dense"] = place.parameter(e, d, fill=normal(0.02))
+            if e == d and place.device.type != "meta":
+                with torch.no_grad():
+                    found["dense"].add_(torch.eye(d, device=found["dense"].device))
+            found["dense_bias"] = place.parameter(e)
+        if self.norm:
+            found |= {"norm": place.parameter(e, fill=1.0), "norm_bias": place.parameter(e)}
+        if self.bias:
+            found["bias"] = place.parameter(v)
+        if not self.tied:
+            found["decoder"] = nn.Parameter(rows.detach().to(place.device, place.dtype).clone()) if place.device.type != "meta" else place.parameter(v, e)
+        return LanguageModelHeadForm(found, self)
