@@ -112,7 +112,8 @@ def inverse(e: Expr, owners: frozenset[str]) -> Expr | None:
         return None if any(part is None for part in parts) else Seq(tuple(p for p in parts if p is not None))
     if isinstance(e, Mix):
         concerned = [(part, weight) for part, weight in zip(e.parts, e.weights) if not names(part).isdisjoint(owners)]
-        return inverse(concerned[0][0], owners) if len(concerned) == 1 and concerned[0][1] == 1.0 else None
+        same = len({part for part, _ in concerned}) == 1 and abs(sum(weight for _, weight in concerned) - 1.0) < 1e-9
+        return inverse(concerned[0][0], owners) if same else None
     return None
 
 
