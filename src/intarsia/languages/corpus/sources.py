@@ -138,7 +138,12 @@ def load(source: Source, number: int = 0) -> Read:
         raise DataError(f"{path}: no lines ({', '.join(f'{n} {why}' for why, n in skipped.items()) or 'the file holds none'})")
     with path.open("rb") as handle:
         digest = hashlib.sha256(handle.read()).hexdigest()
-    return Read(source, digest, tuple(Line(text, ident, number) for ident, text in found), skipped)
+    seen: dict[str, int] = {}
+    lines = []
+    for ident, text in found:
+        seen[ident] = seen.get(ident, 0) + 1
+        lines.append(Line(text, ident if seen[ident] == 1 else f"{ident}#{seen[ident]}", number))
+    return Read(source, digest, tuple(lines), skipped)
 
 
 def _add(kind: str) -> Callable[[Reader], Reader]:

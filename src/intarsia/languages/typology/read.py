@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,13 @@ def uriel(folder: str | os.PathLike[str] | None = None) -> Typology:
 
 
 def _installed() -> tuple[Path, str]:
-    spec = find_spec("lang2vec")  # finds the package without running it
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(place) / "data").is_dir():
-            try:
-                return Path(place) / "data", f" {version('lang2vec')}"
-            except PackageNotFoundError:
-                return Path(place) / "data", ""
+    try:
+        found = distribution("lang2vec")  # by its metadata: a script of the same name lies where programs lie, and hides the package from them
+        place = Path(str(found.locate_file("lang2vec"))) / "data"
+        if place.is_dir():
+            return place, f" {found.version}"
+    except PackageNotFoundError:
+        pass
     raise UsageError("typology needs the URIEL vectors of the package lang2vec: pip install 'intarsia[typology]', or give a CSV file of your own")
 
 
