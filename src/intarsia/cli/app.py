@@ -10,11 +10,13 @@ from intarsia.cli import (
     bases,
     bench,
     convert,
+    corpus,
     data,
     demo,
     evaluate,
     explain,
     inspect,
+    lang,
     merge,
     methods,
     module,
@@ -52,5 +54,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, store, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, store, corpus, lang, merge, convert, bases, bench):
     _room.register(app)
