@@ -223,7 +223,7 @@ def test_any_name_that_is_taken_stays_inside_and_comes_back(store: Store, name: 
         sha256 = store.add(module(), name=name)
     except UsageError:
         return
-    inside = {path.parent.name for path in (store.path / "names").rglob("1")}
+    inside = {path.parent.name for path in (store.path / "names").glob("*/1")}
     assert len(inside) == len(list((store.path / "names").iterdir())) and all(part.isascii() and "." not in part for part in inside)
     (kept,) = store.names()
     assert store.resolve(f"{kept}@1") == sha256 == store.resolve(f"{name}@1")

@@ -24,6 +24,7 @@ _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
 _LONGEST = 200  # bytes of an encoded name; file systems allow 255
 _VERSION = re.compile(r"[0-9][a-z0-9_.-]{0,59}")
 _TAG = re.compile(r"[a-z][a-z0-9_.-]{0,59}")
+_DEVICES = frozenset(("con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))))  # Windows takes them for devices
 _SHA256 = re.compile(rb"([0-9a-f]{64})\n")
 
 
@@ -35,7 +36,7 @@ class Pointers:
 
     def names(self) -> list[str]:
         """All names, sorted; a folder in which nothing stands yet is none."""
-        return sorted(_decoded(entry, self.folder) for entry in _listed(self.folder) if _listed(self.folder / entry))
+        return sorted(decoded(entry, self.folder) for entry in _listed(self.folder) if _listed(self.folder / entry))
 
     def labels(self, name: str) -> dict[str, str]:
         """Versions and tags of a name with the sha256 each holds; empty if there is no such name."""
@@ -50,7 +51,7 @@ class Pointers:
 
     def versions(self, name: str) -> list[str]:
         """Versions of a name, the newest last (numbers count as numbers)."""
-        return sorted((entry for entry in _listed(self._of(name)) if _VERSION.fullmatch(entry)), key=_order)
+        return sorted((entry for entry in _listed(self._of(name)) if _VERSION.fullmatch(entry)), key=order)
 
     def read(self, name: str, label: str) -> str | None:
         """The sha256 behind `name@label`, None if there is none."""
@@ -87,14 +88,22 @@ class Pointers:
     def _of(self, name: str) -> Path:
         name = check_store_name(name)
         real_folder(self.folder)  # refuses a link
-        return self.folder / _encoded(name)
+        return self.folder / encoded(name)
 
     def _read(self, path: Path) -> str:
-        data = read_regular(path, 66)
-        found = _SHA256.fullmatch(data)
-        if found is None:
-            raise StoreError(f"store: pointer {path} is damaged: expected one sha256 of 64 hexadecimal digits, found {data[:40]!r}")
-        return found[1].decode()
+        return pointed(read_regular(path, 66), path)
+
+
+def pointed(data: bytes, path: str | Path) -> str:
+    """The sha256 in a pointer file.
+
+    Raises:
+        StoreError: it holds something else.
+    """
+    found = _SHA256.fullmatch(data)
+    if found is None:
+        raise StoreError(f"store: pointer {path} is damaged: expected one sha256 of 64 hexadecimal digits, found {data[:40]!r}")
+    return found[1].decode()
 
 
 def check_store_name(name: str) -> str:
@@ -102,8 +111,8 @@ def check_store_name(name: str) -> str:
     name = check_name(name)
     if "@" in name:
         raise UsageError(f"store: the name {name!r} contains '@', which separates name and version; give another with --name")
-    if len(_encoded(name)) > _LONGEST:
-        raise UsageError(f"store: the name {name[:40]!r}... takes {len(_encoded(name))} bytes as a folder; at most {_LONGEST} are allowed")
+    if len(encoded(name)) > _LONGEST:
+        raise UsageError(f"store: the name {name[:40]!r}... takes {len(encoded(name))} bytes as a folder; at most {_LONGEST} are allowed")
     return name
 
 
@@ -113,6 +122,8 @@ def check_label(label: str) -> str:
         raise UsageError(
             f"store: {label[:60]!a} is neither a version (such as '3' or '1.0.2') nor a tag (such as 'best'): small letters, digits, '_', '.', '-', at most 60"
         )
+    if label.endswith(".") or label.split(".")[0] in _DEVICES:
+        raise UsageError(f"store: {label!r} is no file name on Windows; take another version or tag")
     return label
 
 
@@ -174,17 +185,25 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def _order(version: str) -> list[tuple[int, int, str]]:
-    """Numbers before words, numbers by size: 2 before 10, 1.0 before 1.0.1."""
+def order(version: str) -> list[tuple[int, int, str]]:
+    """Where a version stands among others: numbers before words, numbers by size: 2 before 10, 1.0 before 1.0.1."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"[0-9]+|[^0-9]+", version)]
 
 
-def _encoded(name: str) -> str:
-    return "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in name.encode("utf-8"))
+def encoded(name: str) -> str:
+    """A name as it stands in a file system: small letters, digits, `_`, `-`; every other byte as `%XX`."""
+    data = name.encode("utf-8")
+    first = f"%{data[0]:02X}" if name in _DEVICES else ""
+    return first + "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in data[bool(first) :])
 
 
-def _decoded(entry: str, folder: Path) -> str:
+def decoded(entry: str, folder: str | Path) -> str:
+    """The inverse of `encoded`.
+
+    Raises:
+        StoreError: no name is written so.
+    """
     name = unquote(entry, errors="replace")
-    if _encoded(name) != entry:
-        raise StoreError(f"store: {folder / entry} is not the name of a module as this store writes it; move it away")
+    if not name or encoded(name) != entry:
+        raise StoreError(f"store: {folder}/{entry} is not the name of a module as a store writes it; move it away")
     return name

@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,10 @@ class Store:
         """The verified bytes of a module's file."""
         return self._bytes(sha256)
 
+    def holds(self, sha256: str) -> bool:
+        """Whether a file with this hash is here; it is not read."""
+        return os.path.lexists(self._blob(sha256))
+
     def by_digest(self) -> dict[str, list[str]]:
         """sha256 of the files by the digest of the module in them: two files of one module differ in the card only."""
         return self._by_digest()
@@ -217,42 +221,58 @@ class Store:
         here = self._by_digest()
         return [digest for digest in digests if digest not in here]
 
-    def accept(self, files: Mapping[str, bytes], labels: Sequence[Label], *, allow_missing: bool = False) -> None:
-        """Take module files from elsewhere with the names they have there: all of them or, if anything is wrong, none.
+    def labels(self, name: str) -> dict[str, str]:
+        """Versions and tags of a name with the sha256 each holds; empty if there is no such name."""
+        return self._pointers.labels(name)
 
-        Args:
-            files: verified module files by sha256.
-            labels: names to write; each points at one of the files or at a module that is here.
-            allow_missing: take them although a module that one requires is neither among them nor here.
+    def check_free(self, labels: Sequence[Label]) -> None:
+        """Refuse names that cannot be written here.
 
         Raises:
-            ModuleError: bytes do not have their hash, or are no module.
-            StoreError: a version is here with other content, or what a module requires is nowhere.
+            StoreError: a version is here with other content.
+            UsageError: a name or label is malformed.
         """
-        modules = {}
-        for sha256, data in files.items():
-            found = hashlib.sha256(data).hexdigest()
-            if found != sha256:
-                raise ModuleError(f"damaged on the way: the sha256 is {found[:12]}..., expected {sha256[:12]}...; nothing was taken")
-            modules[sha256] = loads(data, source=f"module {sha256[:12]}")
-        for label in labels:
-            check_store_name(label.name)
-            check_label(label.label)
-        coming = {module.digest for module in modules.values()}
-        required = dict.fromkeys(digest for module in modules.values() for digest in module.requires if digest not in coming)
+        for each in labels:
+            check_store_name(each.name)
+            held = self._pointers.read(each.name, check_label(each.label))
+            if is_version(each.label) and held not in (None, each.sha256):
+                raise StoreError(
+                    f"store {self.path}: {each} is {str(held)[:12]}... here and {each.sha256[:12]}... there; a version never changes. No name was written"
+                )
+
+    def keep(self, sha256: str, data: bytes) -> Module:
+        """Keep a module file from elsewhere, verified, without a name: `point` gives it one, else `gc` removes it in time.
+
+        Raises:
+            ModuleError: the bytes do not have the hash, or are no module.
+        """
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise ModuleError(f"damaged on the way: the sha256 is {found[:12]}..., expected {sha256[:12]}...; the file was not taken")
+        module = loads(data, source=f"module {sha256[:12]}")
         with self._locked():
+            self._put(sha256, data)
+        return module
+
+    def point(self, labels: Sequence[Label], *, allow_missing: bool = False) -> None:
+        """Write names that came from elsewhere: all of them, or none.
+
+        Args:
+            allow_missing: also where a module that one of them requires is not here.
+
+        Raises:
+            StoreError: a version is here with other content, a file is not here, or what a module requires is not.
+        """
+        with self._locked():
+            self.check_free(labels)
+            required: dict[str, Label] = {}
+            for each in labels:
+                required |= dict.fromkeys(self._header(each.sha256).requires, each)
             if not allow_missing and (missing := self.missing(list(required))):
-                raise StoreError(f"store {self.path}: nothing was taken: {listing(_short(digest) for digest in missing)} is required and neither here nor there; --allow-missing goes on")
-            for label in labels:
-                held = self._pointers.read(label.name, label.label)
-                if is_version(label.label) and held not in (None, label.sha256):
-                    raise StoreError(f"store {self.path}: nothing was taken: {label} is {str(held)[:12]}... here and {label.sha256[:12]}... there; a version never changes")
-                if label.sha256 not in files:
-                    self._header(label.sha256)
-            for sha256, data in files.items():
-                self._put(sha256, data)
-            for label in sorted(labels, key=lambda each: not is_version(each.label)):  # a tag stands beside versions only
-                self._pointers.write(label.name, label.label, label.sha256)
+                wants = ", ".join(f"{required[digest]} requires {_short(digest)}" for digest in missing[:5])
+                raise StoreError(f"store {self.path}: no name was written: {wants}, which is neither here nor came along; --allow-missing goes on")
+            for each in sorted(labels, key=lambda each: not is_version(each.label)):  # a tag stands beside versions only
+                self._pointers.write(each.name, each.label, each.sha256)
 
     def header(self, reference: str) -> Header:
         """What a module says of itself; its tensors are not read."""
