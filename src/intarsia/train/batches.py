@@ -28,12 +28,14 @@ class Micro:
         terms: number of loss terms; 0 if the batch only keeps the process company.
         counts: whether its loss counts.
         rows: rows of the training table, for messages.
+        examples: their numbers among the features.
     """
 
     batch: Batch
     terms: int
     counts: bool
     rows: tuple[int, ...]
+    examples: tuple[int, ...] = ()
 
 
 class _Items(Dataset[Item]):
@@ -84,7 +86,7 @@ class Collate:
         batch = collated(self.task, self.features, chosen, epoch=items[0].epoch)
         counts = all(item.counts for item in items)
         rows = tuple(int(row) for row in batch.get("row", ()))
-        return Micro(batch, self.task.terms(batch) if counts else 0, counts, rows)
+        return Micro(batch, self.task.terms(batch) if counts else 0, counts, rows, tuple(chosen))
 
 
 def collated(task: Task, features: Sequence[Features], chosen: Sequence[int], epoch: int | None) -> Batch:

@@ -27,7 +27,7 @@ from intarsia.compose import Expr, Ref, expr, names
 from intarsia.data import Table
 from intarsia.errors import DataError, TrainingError, UsageError, listing, nearest
 from intarsia.host import Host
-from intarsia.methods.program import Explore, WarmUp
+from intarsia.methods.program import Explore
 from intarsia.modules import Module, load, save
 from intarsia.train import checkpoint as checkpoints
 from intarsia.train import record as records
@@ -46,6 +46,7 @@ from intarsia.train.recipe import Recipe
 from intarsia.train.run import Run, put_tensors
 from intarsia.train.signals import Interrupted, Stop, stopping
 from intarsia.train.task import Features, Task
+from intarsia.train.trunk import Trunk, trunk
 
 MODULE = "module.safetensors"
 EXPLORE = "explore"
@@ -217,7 +218,7 @@ def _train(
     per_epoch = -(-len(features) // recipe.batch_size)
     total = recipe.max_steps or max(1, math.ceil(recipe.epochs * per_epoch - 1e-9))
     program = host.method(name).policy.program
-    explored = {phase: phase.steps_of(total) for phase in program if isinstance(phase, Explore | WarmUp)}
+    explored = {phase: round(phase.share * total) for phase in program if isinstance(phase, Explore)}
     total = max(1, total - sum(explored.values()))
     device = host.model.device
     with tempfile.TemporaryDirectory(prefix="intarsia-") as spare:  # the Trainer wants a folder and writes nothing there
@@ -248,12 +249,17 @@ def _train(
         sizes = lengths(features, task.keys)
         order = Pieces(sizes, recipe.batch_size, recipe.accumulation, recipe.seed, recipe.group_by_length, args.process_index, args.world_size)
         frozen = Frozen(host, name)
+        begins = trunk(host, name, task, features, expression, recipe, total, head=run.head, folder=folder)
+        kept = begins if isinstance(begins, Trunk) else None
+        if kept is not None:
+            run.progress.note(f"trunk: {kept}")
         trainer = ModuleTrainer(
             host, name, task, Loader(task, features, order), recipe, args, expression=expression, head=run.head, watch=run,
-            stop=stop, plan=plan, folder=folder, callbacks=callbacks,
+            stop=stop, plan=plan, folder=folder, callbacks=callbacks, trunk=kept,
         )  # fmt: skip
         rng.seed_all("train", recipe.seed, args.process_index)  # the Trainer has seeded all processes alike
-        record.write(status="running", trainable=run.trainable, total_steps=total)
+        record.write(status="running", trainable=run.trainable, total_steps=total,
+                     trunk=kept.facts() if kept is not None else {"without": getattr(begins, "reason", "")})  # fmt: skip
         try:
             with _checkpointing(host.model, recipe.gradient_checkpointing):
                 run.begin()
@@ -267,6 +273,8 @@ def _train(
             raise
         finally:
             run.progress.stop()
+            if kept is not None:
+                kept.close(keep=trainer.stopping)
         steps = run.done
     if trainer.stopping and steps < total and not run.stopped_early:
         record.write(status="interrupted", seconds=run.seconds)
@@ -281,11 +289,11 @@ def _explore(
     table: Table,
     recipe: Recipe,
     folder: Path | None,
-    count: Mapping[Explore | WarmUp, int],
+    count: Mapping[Explore, int],
     progress: Progress,
     twin: str,
     expression: Expr,
-    phase: Explore | WarmUp,
+    phase: Explore,
 ) -> None:
     """Train the twin of a module as a run of its own, in a folder below the module's, which can be resumed by itself."""
     below = None if folder is None else folder / EXPLORE
@@ -293,8 +301,7 @@ def _explore(
     if below is not None and facts is not None and facts.get("status") != "finished" and not (below / checkpoints.FOLDER).is_dir():
         shutil.rmtree(below)  # killed before its first checkpoint: nothing to go on from
         facts = None
-    rate = recipe.learning_rate if phase.learning_rate is None else phase.learning_rate
-    recipe = replace(recipe, max_steps=count[phase], learning_rate=rate, select_best=False)
+    recipe = replace(recipe, max_steps=max(1, count[phase]), learning_rate=phase.learning_rate, select_best=False)
     try:
         result = train(host, twin, task, table, recipe=recipe, run_dir=below, expression=expression, progress=progress,
                        resume=facts is not None)  # fmt: skip

@@ -16,6 +16,7 @@ from intarsia.errors import UsageError
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16"]
 Optimiser = Literal["adamw", "sgd"]
+Trunk = Literal["fp32", "bf16", "int8", "off"]
 
 
 @register("recipe")
@@ -50,6 +51,8 @@ class Recipe:
         base_dropout: dropout inside the frozen base while training, as it was pretrained; False runs the base as in
             evaluation.
         group_by_length: batches of examples of similar length (less padding); the grouping is shuffled per epoch.
+        trunk: how the states below the first trained block are kept, where they can be computed once per example instead of
+            once per epoch (`train/trunk.py`): `fp32` (exact), `bf16`, `int8`, or `off`.
         calibration_rows: examples on which a new head measures centre and scale of its features.
         max_length: tokens per example; None leaves it to the task.
     """
@@ -77,6 +80,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     base_dropout: bool = True
     group_by_length: bool = True
+    trunk: Trunk = "fp32"
     calibration_rows: int = 512
     max_length: int | None = None
 
@@ -92,6 +96,7 @@ class Recipe:
         self._choice("schedule", ("linear", "cosine", "constant"))
         self._choice("precision", ("fp32", "bf16"))
         self._choice("optimiser", ("adamw", "sgd"))
+        self._choice("trunk", ("fp32", "bf16", "int8", "off"))
         for name in ("select_best", "gradient_checkpointing", "base_dropout", "group_by_length"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"recipe: {name} is true or false, found {getattr(self, name)!r}")

@@ -31,12 +31,13 @@ from intarsia.train import checkpoint as checkpoints
 from intarsia.train import rng
 from intarsia.train.batches import Loader, Micro, moved
 from intarsia.train.checkpoint import Checkpoint
-from intarsia.train.rates import optimiser_groups, staged
+from intarsia.train.rates import factor, optimiser_groups
 from intarsia.train.recipe import Recipe
 from intarsia.train.rules import Rules
 from intarsia.train.signals import Stop
 from intarsia.train.targets import targets_only
 from intarsia.train.task import Batch, Task, context_of
+from intarsia.train.trunk import Trunk
 
 
 class Step(nn.Module):
@@ -57,6 +58,9 @@ class Step(nn.Module):
         self.__dict__["penalty"] = penalty or (lambda: None)
         self.more: Mapping[str, Any] = {}
         """What the present step adds to the call's context."""
+        self.__dict__["trunk"] = None
+        self.examples: tuple[int, ...] = ()
+        """The present batch's numbers among the features, for the trunk."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Sum of the losses of a batch, [], and the method's penalty where it is due, [].
@@ -67,7 +71,9 @@ class Step(nn.Module):
         if self.precision == "bf16":
             autocast = torch.autocast(self.model.device.type, torch.bfloat16)
         with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch), **self.more) as model, autocast, targets_only(self.model, self.task, batch):
-            outputs = model(**{key: batch[key] for key in self.task.keys if key in batch})
+            trunk: Trunk | None = self.__dict__["trunk"]
+            shorter = None if trunk is None else trunk.model(batch, self.examples)
+            outputs = (shorter or model)(**{key: batch[key] for key in self.task.keys if key in batch})
         if isinstance(outputs.get("logits"), Tensor):
             outputs["logits"] = outputs["logits"].float()  # losses are summed in float32
         total, _ = self.task.loss(outputs, batch)
@@ -161,6 +167,7 @@ class ModuleTrainer(Trainer):
         plan: what is written into every checkpoint's manifest.
         folder: run directory; None writes no checkpoints.
         callbacks: of the user.
+        trunk: the states below the first trained block, where they are kept.
     """
 
     optimizer: Any
@@ -182,6 +189,7 @@ class ModuleTrainer(Trainer):
         plan: Mapping[str, Any],
         folder: Path | None,
         callbacks: Sequence[TrainerCallback] = (),
+        trunk: Trunk | None = None,
     ) -> None:
         self.host = host
         self.name = name
@@ -200,6 +208,7 @@ class ModuleTrainer(Trainer):
         self._rows: tuple[int, ...] = ()
         self.rules = Rules(host, name, recipe.seed, args.max_steps)
         self.step_module = Step(host, expression, head, task, recipe.precision, self.rules.penalty)
+        self.step_module.__dict__["trunk"] = trunk
         hooks = _Hooks()
         super().__init__(
             model=self.step_module,
@@ -254,6 +263,7 @@ class ModuleTrainer(Trainer):
         micro: Micro = inputs["micro"]
         self._modes()
         batch = moved(micro.batch, self.args.device)
+        self.step_module.examples = micro.examples
         total, penalty = model(batch)
         scale = self.args.world_size / float(num_items_in_batch)
         loss = total * scale if micro.counts else total * 0.0
@@ -301,12 +311,11 @@ class ModuleTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The recipe's schedule, see `staged`."""
+        """The recipe's schedule, see `factor`."""
         if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
-            shape = partial(staged, stages=self.rules.stages, warmup=self.recipe.warmup, total=num_training_steps, schedule=self.recipe.schedule)
-            shapes = [partial(shape, scaled=group.get("tag") != "head") for group in optimizer.param_groups]
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
+            warmup = min(round(self.recipe.warmup * num_training_steps), num_training_steps - 1)
+            shape = partial(factor, warmup=warmup, total=num_training_steps, schedule=self.recipe.schedule)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, shape)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
