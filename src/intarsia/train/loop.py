@@ -27,7 +27,7 @@ from intarsia.compose import Expr, Ref, expr, names
 from intarsia.data import Table
 from intarsia.errors import DataError, TrainingError, UsageError, listing, nearest
 from intarsia.host import Host
-from intarsia.methods.program import Explore
+from intarsia.methods.program import Explore, WarmUp
 from intarsia.modules import Module, load, save
 from intarsia.train import checkpoint as checkpoints
 from intarsia.train import record as records
@@ -218,7 +218,7 @@ def _train(
     per_epoch = -(-len(features) // recipe.batch_size)
     total = recipe.max_steps or max(1, math.ceil(recipe.epochs * per_epoch - 1e-9))
     program = host.method(name).policy.program
-    explored = {phase: round(phase.share * total) for phase in program if isinstance(phase, Explore)}
+    explored = {phase: phase.steps_of(total) for phase in program if isinstance(phase, Explore | WarmUp)}
     total = max(1, total - sum(explored.values()))
     device = host.model.device
     with tempfile.TemporaryDirectory(prefix="intarsia-") as spare:  # the Trainer wants a folder and writes nothing there
@@ -289,11 +289,11 @@ def _explore(
     table: Table,
     recipe: Recipe,
     folder: Path | None,
-    count: Mapping[Explore, int],
+    count: Mapping[Explore | WarmUp, int],
     progress: Progress,
     twin: str,
     expression: Expr,
-    phase: Explore,
+    phase: Explore | WarmUp,
 ) -> None:
     """Train the twin of a module as a run of its own, in a folder below the module's, which can be resumed by itself."""
     below = None if folder is None else folder / EXPLORE
@@ -301,7 +301,8 @@ def _explore(
     if below is not None and facts is not None and facts.get("status") != "finished" and not (below / checkpoints.FOLDER).is_dir():
         shutil.rmtree(below)  # killed before its first checkpoint: nothing to go on from
         facts = None
-    recipe = replace(recipe, max_steps=max(1, count[phase]), learning_rate=phase.learning_rate, select_best=False)
+    rate = recipe.learning_rate if phase.learning_rate is None else phase.learning_rate
+    recipe = replace(recipe, max_steps=count[phase], learning_rate=rate, select_best=False)
     try:
         result = train(host, twin, task, table, recipe=recipe, run_dir=below, expression=expression, progress=progress,
                        resume=facts is not None)  # fmt: skip

@@ -31,7 +31,7 @@ from intarsia.train import checkpoint as checkpoints
 from intarsia.train import rng
 from intarsia.train.batches import Loader, Micro, moved
 from intarsia.train.checkpoint import Checkpoint
-from intarsia.train.rates import factor, optimiser_groups
+from intarsia.train.rates import optimiser_groups, staged
 from intarsia.train.recipe import Recipe
 from intarsia.train.rules import Rules
 from intarsia.train.signals import Stop
@@ -311,11 +311,12 @@ class ModuleTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The recipe's schedule, see `factor`."""
+        """The recipe's schedule, see `staged`."""
         if self.lr_scheduler is None:
-            warmup = min(round(self.recipe.warmup * num_training_steps), num_training_steps - 1)
-            shape = partial(factor, warmup=warmup, total=num_training_steps, schedule=self.recipe.schedule)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, shape)
+            optimizer = optimizer or self.optimizer
+            shape = partial(staged, stages=self.rules.stages, warmup=self.recipe.warmup, total=num_training_steps, schedule=self.recipe.schedule)
+            shapes = [partial(shape, scaled=group.get("tag") != "head") for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

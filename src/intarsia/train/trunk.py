@@ -267,11 +267,10 @@ def _prove(host: Host, task: Task, features: Sequence[Features], expression: Exp
     batch = moved(collated(task, features, chosen, epoch=0), host.model.device)
     given = {key: batch[key] for key in task.keys if key in batch}
     mask = batch["attention_mask"].bool()
-    with torch.no_grad(), evaluating(host.model):
-        with host.using(expression, head=head, **context_of(task, batch)) as model:
-            short = found.model(batch, chosen)
-            assert short is not None
-            whole, part = model(**given)["logits"].float(), short(**given)["logits"].float()
+    with torch.no_grad(), evaluating(host.model), host.using(expression, head=head, **context_of(task, batch)) as model:
+        short = found.model(batch, chosen)
+        assert short is not None
+        whole, part = model(**given)["logits"].float(), short(**given)["logits"].float()
     if whole.shape[:2] == mask.shape:
         whole, part = whole[mask], part[mask]
     difference = float((whole - part).abs().max() / whole.abs().max().clamp_min(1e-6))
