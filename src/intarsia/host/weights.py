@@ -14,6 +14,7 @@ A lent weight is visible to other threads; a lock per module makes the loan excl
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from intarsia.errors import CompositionError, SiteError
 from intarsia.host.call import CALLS, Call, Child, State
 from intarsia.host.parts import cut, paste
 from intarsia.host.seen import View
-from intarsia.host.socket import Slot, SlotAt, key_of, refuse_rows
+from intarsia.host.socket import Slot, SlotAt, key_of, refuse_rows, run
 from intarsia.sites.address import Site
 
 POSITIONS = key_of("embed.position.weight").removeprefix("m_")
@@ -82,7 +83,7 @@ class WeightSocket(Child):
                     "change weights need it in place. Fold the module into the base, or load the base without offloading"
                 )
             site: Site = slot.site  # type: ignore[assignment]
-            value = effective(current, site, call.exprs[number].run, SlotAt(slot, View(site, call, module=owner), TENSORS))  # type: ignore[arg-type]
+            value = effective(current, site, partial(run, call.exprs[number]), SlotAt(slot, View(site, call, module=owner), TENSORS))  # type: ignore[arg-type]
             if value is not current:
                 self.lent.append((owner, param, current))
                 owner._parameters[param] = value  # type: ignore[assignment]
