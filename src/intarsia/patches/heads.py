@@ -21,6 +21,7 @@ from intarsia.patches.activations import ACTIVATIONS
 from intarsia.patches.delta import Form, Seen, dropped, same_dtype
 from intarsia.patches.init import normal
 from intarsia.patches.place import Place
+from intarsia.patches.vocabulary import Words, words_of
 
 Pooling = Literal["mean", "first", "last", "token"]
 
@@ -162,8 +163,9 @@ class Head:
 class LanguageModelHeadForm(Form):
     """logits over the vocabulary, [B, T, V]: LN(act(dense(x))) @ embedding^T + bias, as far as the specification has these parts."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], spec: LanguageModelHead) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], spec: LanguageModelHead, words: Words | None = None) -> None:
         super().__init__()
+        self.__dict__["words"] = words  # shared with the embeddings
         for name in ("dense", "dense_bias", "norm", "norm_bias", "bias", "decoder"):
             self.register_parameter(name, parameters.get(name))
         self.spec = spec
@@ -174,6 +176,7 @@ class LanguageModelHeadForm(Form):
     norm_bias: nn.Parameter
     bias: nn.Parameter | None
     decoder: nn.Parameter | None
+    words: Words | None
 
     def forward(self, h: Any, seen: Seen) -> Tensor:
         x = seen.input
@@ -183,7 +186,10 @@ class LanguageModelHeadForm(Form):
             x = ACTIVATIONS[self.spec.activation](F.linear(same_dtype(x, self.dense), self.dense, self.dense_bias))
         if self.norm is not None:
             x = F.layer_norm(x, x.shape[-1:], self.norm, self.norm_bias, self.spec.epsilon)
-        rows = seen.embedding if self.decoder is None else self.decoder
+        if self.decoder is not None:
+            rows: Tensor = self.decoder
+        else:
+            rows = seen.embedding if self.words is None else self.words.rows(seen.embedding)
         x = seen.unembedding(x)
         return F.linear(x, same_dtype(rows, x), self.bias)
 
@@ -191,7 +197,8 @@ class LanguageModelHeadForm(Form):
 @register("lm_head")
 @dataclass(frozen=True, slots=True)
 class LanguageModelHead:
-    """A language-model head for a base that has none (Devlin et al. 2019), tied to the base's frozen word embeddings.
+    """A language-model head for a base that has none (Devlin et al. 2019), tied to the base's frozen word embeddings, or to the
+    vocabulary of its own module.
 
     Attributes:
         dense: a linear map and the activation in front.
@@ -214,7 +221,10 @@ class LanguageModelHead:
         rows = place.embedding()
         if rows is None:
             raise SpecError("a language-model head is tied to the word embeddings, and this base has none")
-        v, e = rows.shape
+        words = words_of(place)
+        v, e = rows.shape if words is None else (words.size, rows.shape[1])
+        if words is not None and not self.tied:
+            raise SpecError("a language-model head beside a vocabulary of the same module is tied to it")
         d = place.reads
         if not self.dense and e != d:
             raise SpecError(f"a language-model head without a dense layer reads {d} features and meets word embeddings of {e}")
@@ -231,4 +241,4 @@ class LanguageModelHead:
             found["bias"] = place.parameter(v)
         if not self.tied:
             found["decoder"] = nn.Parameter(rows.detach().to(place.device, place.dtype).clone()) if place.device.type != "meta" else place.parameter(v, e)
-        return LanguageModelHeadForm(found, self)
+        return LanguageModelHeadForm(found, self, words)
