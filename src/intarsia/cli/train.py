@@ -35,6 +35,7 @@ from intarsia.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from intarsia.data import Table
+    from intarsia.methods import Row
     from intarsia.tasks import BaseTask
     from intarsia.train import Result
     from intarsia.train.config import TrainConfig
@@ -146,9 +147,7 @@ def _settings(values: Mapping[str, Any], written: Mapping[str, Any], set_: list[
     """`--set` and `--task-set` as values by dotted key."""
     found: dict[str, Any] = {}
     if set_:
-        from intarsia.methods import METHODS
-
-        row = METHODS[values.get("method", written.get("method", "lora"))]
+        row = method_row(values.get("method", written.get("method", "lora")))
         found |= {f"method_settings.{k}": list(v) if isinstance(v, tuple) else v for k, v in parse_settings(set_, row).items()}
     if task_set:
         from intarsia.tasks import TASKS
@@ -202,19 +201,20 @@ def run(
     """Train as a configuration says."""
     from intarsia import bases, tasks
     from intarsia.host import Host
-    from intarsia.methods import METHODS
+    from intarsia.methods import ROUTERS
     from intarsia.modules import Card, load, save
     from intarsia.train import reporter
     from intarsia.train import train as train_module
 
     recipe = config.build_recipe()
     completed(Card(), config.card)  # refused before training, not after
-    method = METHODS[config.method].build(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.method_settings.items()})
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in config.method_settings.items()}
+    method = None if config.method in ROUTERS else method_row(config.method).build(**chosen)
     table = read_table(config.train, config.format, config.read_settings)
     dev = None if config.dev is None else read_table(config.dev, config.format, config.read_settings)
     kind = tasks.TASKS[config.task]
     base = bases.load(config.base, head="none" if kind.headless else None, allow_network=allow_network)
-    settings = {**tasks.base_settings(kind.name, base), **tasks.method_settings(kind.name, method), **config.task_settings}
+    settings = {**tasks.base_settings(kind.name, base), **({} if method is None else tasks.method_settings(kind.name, method)), **config.task_settings}
     if recipe.max_length is not None:
         settings.setdefault("max_length", recipe.max_length)
     task = tasks.build(kind.name, base.tokenizer, table=table, settings=settings, model=base.model)
@@ -222,10 +222,14 @@ def run(
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     for name, path in config.modules.items():
         host.insert(load(path, name=name), force_base=force_base)
+    expression = config.expression
+    if method is None:
+        expression = expression or fused(config.modules, config.name)
+        method = host.router_method(config.name, config.method, expression, **chosen)
     host.add(config.name, method if task.head is None else method.with_head(task.head), seed=config.method_seed, roles=config.roles)
     console.note(f"{config.name}: {config.method} on {base.name}, {host.count(host.method(config.name)):,} trainable parameters")
     result = train_module(
-        host, config.name, task, table, dev, recipe=recipe, run_dir=config.out, expression=config.expression, resume=resume,
+        host, config.name, task, table, dev, recipe=recipe, run_dir=config.out, expression=expression, resume=resume,
         progress=reporter(quiet=console.quiet), config=config.model_dump(mode="json"),
     )  # fmt: skip
     written = result.path
@@ -248,6 +252,26 @@ def completed(card: Any, fields: Mapping[str, Any]) -> Any:
         if key not in known:
             raise UsageError(f"card: no field {key!r} that a user writes{nearest(key, known)} known: {', '.join(known)}")
     return replace(card, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def method_row(name: str) -> Row:
+    """A method or a router by its name."""
+    from intarsia.methods import METHODS, ROUTERS
+
+    return ROUTERS[name] if name in ROUTERS else METHODS[name]
+
+
+def fused(modules: Mapping[str, str], router: str) -> str:
+    """The mixture of all modules that are given, with a new router.
+
+    Raises:
+        UsageError: there are not two of them.
+    """
+    from intarsia.compose import Ref, fuse
+
+    if len(modules) < 2:
+        raise UsageError("a router weighs modules: give two or more with -m NAME=FILE, or say what runs: --expr 'fuse(a, b; router=NAME)'")
+    return str(fuse(*map(Ref, modules), router=router))
 
 
 def check_data(console: Console, task: BaseTask[Any], table: Table, dev: Table | None, *, force: bool) -> None:

@@ -4,6 +4,8 @@
     Ref(m)    the module's patches at this site, one after the other
     Seq(a, b) b sees what a left behind; Seq() is the base
     Mix(w_i e_i)   h + sum of w_i * change_i(h): all members see the same h; weights need not sum to one
+    Mix(e_i, router="r")       the weights are what the module r makes of the call, of h and of the changes
+    Mix(..., space="phi")      the members' tensors are mixed, and what comes out runs once
 
 Operators: `a >> b` is Seq, `a + b`, `a - b`, `0.5 * a` build a Mix.  The text form is in `text.py`.
 
@@ -16,10 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from intarsia.compose.algebra import Algebra
 from intarsia.errors import CompositionError
+
+Space = Literal["out", "phi"]
+SPACES: tuple[Space, ...] = ("out", "phi")
+"""What a mixture mixes: the members' changes, or their tensors (factors), which then run as one module."""
 
 
 class At(Protocol):
@@ -32,6 +38,9 @@ class At(Protocol):
 
     def change(self, delta: Any, h: Any) -> Any:
         """The change one delta makes."""
+
+    def routed(self, mix: Mix, h: Any) -> Any:
+        """The change of a mixture that has a router or mixes tensors."""
 
 
 class Expr:
@@ -136,24 +145,62 @@ class Seq(Expr):
 
 @dataclass(frozen=True, slots=True)
 class Mix(Expr):
-    """Weighted sum of the members' changes."""
+    """Weighted sum of the members' changes (or, in `phi`, of their tensors).
+
+    Attributes:
+        weights: one number per member; empty under a router.
+        router: name of the module that gives the weights.
+        top: keep only so many of the largest weights, whatever the router itself keeps.
+    """
 
     parts: tuple[Expr, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+    router: str | None = None
+    space: Space = "out"
+    top: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.parts) != len(self.weights):
-            raise CompositionError(f"a mixture of {len(self.parts)} members has {len(self.weights)} weights")
         if not self.parts:
             raise CompositionError("a mixture needs at least one member")
+        if self.space not in SPACES:
+            raise CompositionError(f"a mixture is of {' or '.join(SPACES)}, found space={self.space!r}")
+        if self.router is not None:
+            self._check_routed()
+        elif len(self.parts) != len(self.weights):
+            raise CompositionError(f"a mixture of {len(self.parts)} members has {len(self.weights)} weights")
+        elif self.top is not None:
+            raise CompositionError("top= keeps the largest of a router's weights; this mixture has fixed ones")
         for weight in self.weights:
             if not -1e6 < weight < 1e6:
                 raise CompositionError(f"weight {weight} is not a number between -1e6 and 1e6")
 
+    def _check_routed(self) -> None:
+        if not isinstance(self.router, str) or not self.router:
+            raise CompositionError(f"a router is a module's name, found {self.router!r}")
+        if self.weights:
+            raise CompositionError(f"the weights of this mixture come from router {self.router!r}, and {len(self.weights)} more are given")
+        if self.router in {ref.name for part in self.parts for ref in part.refs()}:
+            raise CompositionError(f"{self.router!r} cannot be the router and a member of the same mixture")
+        if self.top is not None and not 1 <= self.top <= len(self.parts):
+            raise CompositionError(f"top={self.top} of {len(self.parts)} members")
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a sum with fixed weights, which other sums may be merged into."""
+        return self.router is None and self.space == "out"
+
     def children(self) -> tuple[Expr, ...]:
         return self.parts
 
+    def refs(self) -> Iterator[Ref]:
+        for part in self.parts:
+            yield from part.refs()
+        if self.router is not None:
+            yield Ref(self.router)
+
     def change(self, h: Any, at: At) -> Any:
+        if not self.plain:
+            return at.routed(self, h)
         changes = [(w, part.change(h, at)) for part, w in zip(self.parts, self.weights)]
         return at.algebra.mix([(w, c) for w, c in changes if c is not None], len(changes))
 
@@ -163,7 +210,7 @@ def _parts(e: Expr, kind: type) -> tuple[Expr, ...]:
 
 
 def _terms(e: Expr) -> tuple[tuple[Expr, float], ...]:
-    return tuple(zip(e.parts, e.weights)) if isinstance(e, Mix) else ((e, 1.0),)
+    return tuple(zip(e.parts, e.weights)) if isinstance(e, Mix) and e.plain else ((e, 1.0),)
 
 
 def _sum(a: Expr, b: Expr, sign: float) -> Mix:
@@ -179,6 +226,17 @@ def average(*members: Expr | str) -> Mix:
     for other in others:
         first = first + other
     return first
+
+
+def fuse(*members: Expr | str, router: str, top: int | None = None, space: Space = "out") -> Mix:
+    """A mixture whose weights a router gives: `fuse("mnli", "qqp", router="f")`."""
+    return Mix(tuple(expr(m) for m in members), (), router, space, top)
+
+
+def phi(mixture: Expr | str) -> Mix:
+    """A sum of modules with its weights on their tensors: `phi("0.5*a + 0.5*b")` is one module with averaged tensors."""
+    sum_ = expr(mixture)
+    return Mix(tuple(p for p, _ in _terms(sum_)), tuple(w for _, w in _terms(sum_)), None, "phi")
 
 
 def expr(value: Expr | str) -> Expr:

@@ -3,7 +3,10 @@
     sum     = product { ("+" | "-") product }              lowest but ">>"
     chain   = sum { ">>" sum }                             `a + b >> c` is `(a + b) >> c`, as in Python
     product = [ "-" ] ( number "*" atom | atom [ "*" number ] | atom [ "/" number ] )
-    atom    = name | quoted name | "(" chain ")" | "average" "(" chain { "," chain } ")" | "base"
+    atom    = name | quoted name | "(" chain ")" | "base" | call
+    call    = "average" "(" chain { "," chain } ")" | "phi" "(" chain ")"
+            | "fuse" "(" chain { "," chain } ";" "router" "=" name { "," option } ")"       also written `route`
+    option  = "top" "=" number | "space" "=" ( "out" | "phi" )
     name    = letters, digits and _ . @ : / -              minus and slash need blanks: `a - b`, `a / 4`
 """
 
@@ -12,16 +15,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from intarsia.compose.expr import Expr, Mix, Ref, Seq, average
+from intarsia.compose.expr import Expr, Mix, Ref, Seq, average, fuse, phi
 from intarsia.errors import CompositionError
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)(?![\w@:/])|(?P<name>[A-Za-z_0-9](?:[\w.@:/-]*[\w@:/])?)"
-    r"|\"(?P<double>[^\"]+)\"|'(?P<single>[^']+)'|(?P<sign>>>|[-+*/(),]))",
+    r"|\"(?P<double>[^\"]+)\"|'(?P<single>[^']+)'|(?P<sign>>>|[-+*/(),;=]))",
 )
 _PLAIN = re.compile(r"[A-Za-z_](?:[\w.@:/-]*[\w@:/])?\Z", re.ASCII)
-_FUNCTIONS = ("average",)
+_FUNCTIONS = ("average", "fuse", "route", "phi")
+_OPTIONS = ("router", "top", "space")
 LIMIT = 20_000
 DEPTH = 50
 
@@ -120,17 +125,53 @@ class _Parser:
             raise self.fail("a module name or '('")
         self.at += 1
         if token.text in _FUNCTIONS and self.now.text == "(" and self.now.kind == "sign":
-            return self.call()
+            return self.call(token.text)
         return Seq(()) if token.text == "base" else Ref(token.text)
 
-    def call(self) -> Expr:
+    def call(self, function: str) -> Expr:
         self.take("(")
         members = [self.chain()]
         while self.take(","):
             members.append(self.chain())
+        options = self.options() if function in ("fuse", "route") else {}
         if not self.take(")"):
             raise self.fail("')'")
-        return average(*members)
+        if function == "average":
+            return average(*members)
+        if function == "phi":
+            if len(members) > 1:
+                raise CompositionError(f"expression {self.text!r}: phi() has one sum inside, e.g. phi(0.5*a + 0.5*b)")
+            return phi(members[0])
+        if "router" not in options:
+            raise CompositionError(f"expression {self.text!r}: {function}() names the module that gives the weights: {function}(a, b; router=NAME)")
+        return fuse(*members, **options)
+
+    def options(self) -> dict[str, Any]:
+        """`; router=f, top=2`."""
+        found: dict[str, Any] = {}
+        if not self.take(";"):
+            return found
+        while True:
+            key = self.now.text
+            if self.now.kind != "name" or key not in _OPTIONS or key in found:
+                raise self.fail(f"one of the options {', '.join(o for o in _OPTIONS if o not in found)}")
+            self.at += 1
+            if not self.take("="):
+                raise self.fail("'='")
+            found[key] = self.option(key)
+            if not self.take(","):
+                return found
+
+    def option(self, key: str) -> str | int:
+        if key == "top":
+            value = self.number()
+            if value != int(value):
+                raise CompositionError(f"expression {self.text!r}: top= is a whole number, found {value}")
+            return int(value)
+        if self.now.kind not in ("name", "quoted"):
+            raise self.fail("a name")
+        self.at += 1
+        return self.tokens[self.at - 1].text
 
 
 def parse(text: str) -> Expr:
@@ -169,11 +210,17 @@ def show(e: Expr, inside: bool = False) -> str:
             return "base"
         text = " >> ".join(f"({show(p)})" if isinstance(p, Seq) and p.parts else show(p) for p in e.parts)
         return f"({text})" if inside and len(e.parts) > 1 else text
+    if isinstance(e, Mix) and e.router is not None:
+        top = "" if e.top is None else f", top={e.top}"
+        space = "" if e.space == "out" else f", space={e.space}"
+        return f"fuse({', '.join(show(p) for p in e.parts)}; router={_name(e.router)}{top}{space})"
+    if isinstance(e, Mix) and not e.plain:
+        return f"phi({show(Mix(e.parts, e.weights))})"
     if isinstance(e, Mix):
         pieces = []
         for i, (part, weight) in enumerate(zip(e.parts, e.weights)):
             sign = "-" if weight < 0 else "+"
-            body = show(part, inside=True) if not isinstance(part, Mix) else f"({show(part)})"
+            body = show(part, inside=True) if not (isinstance(part, Mix) and part.plain) else f"({show(part)})"
             plain = abs(weight) == 1 and (len(e.parts) > 1 or weight < 0)  # one member of weight 1 is a Mix all the same
             term = body if plain else f"{abs(weight)!r}*{body}"
             pieces.append((("-" if weight < 0 else "") if i == 0 else f" {sign} ") + term)

@@ -7,7 +7,7 @@ Dynamo cannot trace a ContextVar, so a compiled model runs the state's resting c
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,25 @@ DROP = "drop_layers"
 """Key of the context: how many of the lowest blocks of each stack run without modules (AdapterDrop)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Weights that a router gave during a forward.
+
+    Attributes:
+        site: where.
+        owner: the router's form.
+        weights: [n], [R, n] or [R, T, n], with their graph.
+        members: which of the mixture's members these are.
+        rows: which rows of the batch, [R]; None for all.
+    """
+
+    site: Site
+    owner: object
+    weights: Tensor
+    members: tuple[int, ...]
+    rows: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """The expressions of one forward pass.
@@ -36,6 +55,7 @@ class Call:
         rows: for each row of the batch the index of its expression; None if all rows run `exprs[0]`.
         head: name of the module whose head answers, None if the expression leaves no choice.
         context: anything forms may ask for (task ids, language codes ...).
+        notes: where routers put the weights they give; None if nobody watches.
     """
 
     exprs: tuple[Expr, ...]
@@ -43,6 +63,7 @@ class Call:
     head: str | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
+    notes: list[Note] | None = None
 
     @classmethod
     def of(
@@ -51,8 +72,18 @@ class Call:
         rows: tuple[int, ...] | None = None,
         head: str | None = None,
         context: Mapping[str, Any] | None = None,
+        notes: list[Note] | None = None,
     ) -> Call:
-        return cls(exprs, rows, head, dict(context or {}), frozenset().union(*(names(e) for e in exprs)))
+        return cls(exprs, rows, head, dict(context or {}), frozenset().union(*(names(e) for e in exprs)), notes)
+
+    def alone(self, number: int, rows: Tensor, size: int) -> Call:
+        """The call of those of `size` rows that run expression `number`: as if they were a batch of their own."""
+        assert self.rows is not None
+        each = size // len(self.rows)
+        mine = (rows[::each] // each).tolist()
+        count = len(self.rows)
+        context = {key: _part(value, mine, count) for key, value in self.context.items()}
+        return Call.of((self.exprs[number],), None, self.head, context, self.notes)
 
     def drops(self, site: Site) -> bool:
         """Whether modules are left out at a site for this call."""
@@ -71,6 +102,15 @@ class Call:
                 f"the call names expressions for {count} rows, but a batch of {size} rows came; give one per row"
             )
         return torch.tensor(self.rows, device=device).repeat_interleave(size // count)
+
+
+def _part(value: Any, mine: Sequence[int], count: int) -> Any:
+    """A value of a call's context for some rows: a list or tensor with one value for each of `count` rows is cut."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == count:
+        return value[torch.tensor(mine, device=value.device)]
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count:
+        return [value[i] for i in mine]
+    return value
 
 
 class State:

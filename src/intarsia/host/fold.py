@@ -7,16 +7,18 @@ on its output, then what rescales its input.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intarsia.compose import Expr
+from intarsia.compose import Expr, Mix
 from intarsia.compose.algebra import Algebra, Terms
 from intarsia.errors import CompositionError
 from intarsia.host.parts import bias_of, cut, paste, weight_of
+from intarsia.host.routing import blended, router_of
 from intarsia.host.socket import Slot
 from intarsia.patches import Delta, Linear, WhyNot
 from intarsia.sites.address import Site, SiteMap
@@ -57,6 +59,30 @@ class _FoldAt:
 
     def deltas(self, name: str) -> Sequence[Delta]:
         return self.slot.of(name)
+
+    def routed(self, mix: Mix, h: Linear) -> Linear | None:
+        if mix.space == "phi":
+            return blended(mix, h, self)
+        changes = [(i, change) for i, part in enumerate(mix.parts) if (change := part.change(h, self)) is not None]
+        if not changes:
+            return None
+        weights = self.weights_of(mix, h, [i for i, _ in changes])
+        return self.algebra.mix([(weight, change) for weight, (_, change) in zip(weights, changes)], len(mix.parts))  # type: ignore[no-any-return]
+
+    def weights_of(self, mix: Mix, h: Linear, members: Sequence[int]) -> list[float]:
+        """Weights that are the same for every input."""
+        if mix.router is None:
+            return [mix.weights[i] for i in members]
+        weights = router_of(mix, self).constant_weights(list(members), mix.top)
+        if isinstance(weights, WhyNot):
+            raise CompositionError(f"cannot fold {mix}: {weights.reason}")
+        return [float(w) for w in weights]
+
+    def with_tensors(self, delta: Delta, tensors: dict[str, Tensor], h: Linear) -> Linear:
+        """The change of a delta that has other tensors."""
+        other = copy.deepcopy(delta)
+        other.load_state_dict({**other.state_dict(), **tensors})
+        return self.change(other, h)
 
     def change(self, delta: Delta, h: Linear) -> Linear:
         change = delta.fold(h)

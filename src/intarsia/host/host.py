@@ -35,9 +35,10 @@ from intarsia.host.mirror import FORWARD_ONLY
 from intarsia.host.output import Root
 from intarsia.host.probe import memories
 from intarsia.host.record import Entry, Record
+from intarsia.host.routing import covering, members_of
 from intarsia.host.transfer import fill, flattened, make_room, whole
-from intarsia.methods import Method
-from intarsia.methods.method import side
+from intarsia.methods import ROUTERS, Method
+from intarsia.methods.method import HeadSpec, side
 from intarsia.modules import Card, Module, check_name
 from intarsia.patches import Delta, Form
 from intarsia.sites.address import Site
@@ -210,6 +211,25 @@ class Host:
             self.remove(name)
             raise
         return self
+
+    def router(self, name: str, kind: str, over: Expression | Sequence[Expression], *, seed: int = 0, roles: Mapping[str, str] | None = None,
+               head: HeadSpec | None = None, **settings: Any) -> Host:  # fmt: skip
+        """A new router of a kind of `ROUTERS`, trainable, for the members of a mixture: `host.router("f", "fusion", ["a", "b"])`.
+
+        Args:
+            over: the members, or an expression with one mixture that `name` is the router of.
+            head: new outputs that are trained along with it.
+            settings: of the kind.
+        """
+        method = self.router_method(name, kind, over, **settings)
+        return self.add(name, method if head is None else method.with_head(head), seed=seed, roles=roles)
+
+    def router_method(self, name: str, kind: str, over: Expression | Sequence[Expression], **settings: Any) -> Method:
+        """The method of a router for members that are on this host."""
+        row = ROUTERS[kind]
+        members = members_of(over, name)
+        sites = {site.name: site for member in members for ref in names(member) for site, _ in self.deltas(ref)}
+        return row.build(parts=tuple(map(str, members)), where=covering(self.sites, sites.values()), **settings)
 
     def _start_from_text(self, entry: Entry) -> None:
         """Let prefixes that start from the base's keys and values of a text take these over."""

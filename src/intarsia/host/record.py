@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from intarsia.compose.legality import Traits
+from intarsia.compose.legality import Carried, Traits, Weighs
 from intarsia.host.build import Built
 from intarsia.methods import Method
 from intarsia.modules import Card
-from intarsia.patches import Coupling, LanguageModelHead
+from intarsia.patches import Coupling, LanguageModelHead, RouterForm
 from intarsia.sites.address import SiteMap
 
 
@@ -28,9 +28,12 @@ class Entry:
     requires: tuple[str, ...] = ()
     context: Mapping[str, Any] = field(default_factory=dict)
     card: Card | None = None
+    known: Traits | None = None
 
     def traits(self) -> Traits:
-        """What legality needs to know."""
+        """What legality needs to know; it does not change while the module is here."""
+        if self.known is not None:
+            return self.known
         blocks: dict[str, int] = {}
         for site, deltas in self.built.deltas:
             for delta in deltas:
@@ -39,7 +42,27 @@ class Entry:
                     blocks[site.name] = blocks.get(site.name, 0) + int(getattr(spec, "length", 0))
         coupled = any(isinstance(patch.form, Coupling) for patch in self.method.patches)
         head = self.method.head
-        return Traits(self.labels if head is not None else None, blocks, coupled, isinstance(head, LanguageModelHead))
+        labels = self.labels if head is not None else None
+        found = Traits(labels, blocks, coupled, isinstance(head, LanguageModelHead), *self._changes())
+        self.known = found
+        return found
+
+    def _changes(self) -> tuple[dict[str, Carried], Weighs | None]:
+        """What it changes where, and what it weighs if it is a router."""
+        specs = {p.name: p.form for p in self.method.patches}
+        tied = any(tensor.numel() for part in self.built.shared.values() for tensor in part.state_dict().values())
+        sites, routers = {}, []
+        for site, deltas in self.built.deltas:
+            if site.port == "logits":
+                continue
+            forms = [d.form for d in deltas if isinstance(d.form, RouterForm)]
+            routers += [(site.name, form) for form in forms]
+            if not forms:
+                sites[site.name] = Carried(site.port, tuple((specs[d.name], d.op) for d in deltas), tied)
+        if not routers:
+            return sites, None
+        looks, fixed = (any(getattr(form.scorer, what) for _, form in routers) for what in ("reads_changes", "per_input"))
+        return sites, Weighs(routers[0][1].spec.parts, frozenset(name for name, _ in routers), looks, fixed)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import CompositionError, SiteError
-from intarsia.host.call import CALLS, Call, State
+from intarsia.host.call import CALLS, Call, Note, State
 from intarsia.host.parts import bias_of, weight_of
 from intarsia.patches.delta import Positions
 from intarsia.sites.address import Site
@@ -81,6 +81,10 @@ class View:
             state=self._state,
         )
 
+    def of_rows_here(self, rows: Tensor, size: int) -> View:
+        """The same surroundings for some of the `size` rows that are left here."""
+        return self.of_rows(rows if self._rows is None else self._rows[rows], size if self._rows is None else self._size, self._part)
+
     def _cut(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
             raise SiteError(f"site {self.site.name} (port {self.site.port}) gives no {what} to look at")
@@ -134,7 +138,7 @@ class View:
         if self._rows is None or self._state is None or torch.compiler.is_compiling():
             return self._norm(total)
         # modules on the norm itself see these rows only, all with this expression
-        alone = Call.of((self.call.exprs[self._part],), None, self.call.head, self.call.context)
+        alone = self.call.alone(self._part, self._rows, self._size)
         token = CALLS.set({**CALLS.get(), self._state: alone})
         try:
             return self._norm(total)
@@ -238,6 +242,10 @@ class View:
             raise self._unfilled()
         before = layer.keys if mine is None else layer.keys[mine], layer.values if mine is None else layer.values[mine]
         return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+
+    def note(self, owner: object, weights: Tensor, members: Sequence[int]) -> None:
+        if self.call.notes is not None:
+            self.call.notes.append(Note(self.site, owner, weights, tuple(members), self._batch_rows() if self._rows is not None else None))
 
     def _unfilled(self) -> CompositionError:
         return CompositionError(

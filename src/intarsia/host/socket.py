@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from intarsia.compose import LOGITS, TENSORS, Algebra, Expr, Ref, Seq
+from intarsia.compose import LOGITS, TENSORS, Algebra, Expr, Mix, Ref, Seq
 from intarsia.errors import CompositionError
 from intarsia.host.call import Call, Child, State, thread
 from intarsia.host.parts import cut, paste
+from intarsia.host.routing import answering, blended, router_of
 from intarsia.host.seen import View
 from intarsia.patches import Delta
 from intarsia.sites.address import Site
@@ -73,6 +75,34 @@ class SlotAt:
 
     def change(self, delta: Delta, h: Any) -> Any:
         return delta(h, self.seen)
+
+    def routed(self, mix: Mix, h: Any) -> Any:
+        if self.algebra is LOGITS:
+            return answering(mix, h, self)
+        if mix.space == "phi":
+            return blended(mix, h, self)
+        changes = [part.change(h, self) for part in mix.parts]
+        if all(change is None for change in changes):
+            return None
+        return router_of(mix, self).mix(h, changes, self.seen, mix.top)
+
+    def weights_of(self, mix: Mix, h: Any, members: Sequence[int]) -> Any:
+        """Weights of a mixture of tensors, for the members that have something here."""
+        if mix.router is None:
+            return [mix.weights[i] for i in members]
+        there = [h if i in members else None for i in range(len(mix.parts))]  # such a router does not look at changes
+        form = router_of(mix, self)
+        weights, here = form.weights(h, there, self.seen, mix.top)
+        self.seen.note(form, weights, here)
+        return weights
+
+    def with_tensors(self, delta: Delta, tensors: dict[str, Tensor], h: Any) -> Any:
+        """The change of a delta that has other tensors."""
+        return functional_call(delta, tensors, (h, self.seen))
+
+    def of_rows(self, rows: Tensor, size: int) -> SlotAt:
+        """The same slot for some of the rows that are here."""
+        return SlotAt(self.slot, self.seen.of_rows_here(rows, size), self.algebra)
 
 
 class Consumer(Protocol):

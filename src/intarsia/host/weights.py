@@ -160,7 +160,7 @@ class WeightSocket(Child):
                 return value
 
             # modules inside this one see only these rows, all with this expression
-            alone = Call.of((expression,), None, call.head, call.context)
+            alone = call.alone(number, rows, output[0].shape[0])
             token = CALLS.set({**CALLS.get(), self.state: alone})
             try:
                 self._lend(call, number)

@@ -14,6 +14,7 @@ from intarsia.methods.adapters import (
     phm_adapter,
 )
 from intarsia.methods.combined import mam, perfect, unipelt
+from intarsia.methods.fusion import ROUTERS, fusion
 from intarsia.methods.low_rank import adalora, dora, gralora, hira, loha, lokr, lora_fa, lora_plus, miss, pissa, rslora
 from intarsia.methods.masked import diff_pruning, lottery, s2ft, spiel, supermask
 from intarsia.methods.method import (
@@ -53,6 +54,7 @@ from intarsia.methods.subspace import c3a, fourierft, intrinsic, lora_xs, said, 
 
 __all__ = [
     "METHODS",
+    "ROUTERS",
     "GradientRule",
     "Group",
     "Method",
@@ -80,6 +82,7 @@ __all__ = [
     "fourierft",
     "freeze_k",
     "full",
+    "fusion",
     "gralora",
     "head",
     "hira",

@@ -20,7 +20,7 @@ from intarsia.patches.labels import MultiMaskLabels
 from intarsia.patches.ladder import Ladder
 from intarsia.patches.masks import Columns, HardConcrete, KeptMask, Ticket, TopMask
 from intarsia.patches.matrix import Matrix
-from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot, Set
+from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot, Set, Weigh
 from intarsia.patches.orthogonal import Butterfly, Cayley, Householder
 from intarsia.patches.pairs import Pairs
 from intarsia.patches.pattern import Diag, Pattern
@@ -28,6 +28,7 @@ from intarsia.patches.place import Place
 from intarsia.patches.principal import Principal
 from intarsia.patches.projection import Projection
 from intarsia.patches.renorm import Renorm
+from intarsia.patches.router import Attention, Router, RouterForm
 from intarsia.patches.rows import Rows
 from intarsia.patches.sketch import Sketch
 from intarsia.patches.sparse import Sparse
@@ -38,6 +39,7 @@ __all__ = [
     "Add",
     "Affine",
     "Attend",
+    "Attention",
     "Biaffine",
     "Blocks",
     "Bottleneck",
@@ -84,6 +86,8 @@ __all__ = [
     "Renorm",
     "Replace",
     "Rot",
+    "Router",
+    "RouterForm",
     "Rows",
     "Scaled",
     "Seeded",
@@ -97,5 +101,6 @@ __all__ = [
     "Ticket",
     "Tokens",
     "TopMask",
+    "Weigh",
     "WhyNot",
 ]

@@ -10,7 +10,7 @@ A delta holds no state about who is active and never writes to the model.  `h` i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,6 +93,9 @@ class Seen(Protocol):
 
     def kept(self, owner: object, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, computed when the prompt is read and kept with the cache for the steps that follow it."""
+
+    def note(self, owner: object, weights: Tensor, members: Sequence[int]) -> None:
+        """A router's weights [..., n] of some members, for whoever watches the call (reports, penalties)."""
 
 
 @dataclass(frozen=True, slots=True)

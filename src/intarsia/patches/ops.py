@@ -9,6 +9,7 @@
 | `Set()` | value - h | never |
 | `Concat()` | the blocks themselves (appended) | never |
 | `Replace()` | the value (a head's logits) | never |
+| `Weigh()` | none: a router weighs what others change | where the weights are the same for every input |
 """
 
 from __future__ import annotations
@@ -139,3 +140,16 @@ class Replace:
 
     def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
         return WhyNot("a head is new output, not a change of a base weight; keep it as a module")
+
+
+@register("weigh")
+@dataclass(frozen=True, slots=True)
+class Weigh:
+    """No change by itself: the form is a router, which a mixture asks for weights."""
+
+    def change(self, h: Any, value: Any) -> Any:
+        return value
+
+    def fold(self, base: Linear, form: Form, port: str) -> Linear | WhyNot:
+        weights = form.constant_weights(list(range(len(form.spec.parts))))  # type: ignore[operator, union-attr, arg-type]
+        return weights if isinstance(weights, WhyNot) else Linear(None, None)
