@@ -83,7 +83,7 @@ class WeightSocket(Child):
                     "change weights need it in place. Fold the module into the base, or load the base without offloading"
                 )
             site: Site = slot.site  # type: ignore[assignment]
-            value = effective(current, site, partial(run, call.exprs[number]), SlotAt(slot, View(site, call, module=owner), TENSORS))  # type: ignore[arg-type]
+            value = effective(current, site, partial(run, call.exprs[number], fresh=False), SlotAt(slot, View(site, call, module=owner), TENSORS))  # type: ignore[arg-type]
             if value is not current:
                 self.lent.append((owner, param, current))
                 owner._parameters[param] = value  # type: ignore[assignment]
