@@ -11,7 +11,6 @@ from intarsia.host import Host
 from intarsia.methods import METHODS, build
 from intarsia.modules import Card, Module, dumps, loads
 from intarsia.modules.arithmetic import add, average, negate, scale, subtract, weighted_sum
-from intarsia.modules.derived import strictest
 from intarsia.patches import Head
 from tests import zoo
 from tests.host.kit import answer, disturb, run, small
@@ -223,20 +222,10 @@ def test_the_result_tells_where_it_comes_from() -> None:
     a = a.with_card(Card(licence="MIT", languages=("swh",), warnings=("religious text only",), base="tiny"))
     b = b.with_card(Card(licence="CC-BY-SA-4.0", languages=("kab",), warnings=("small",), base="tiny"))
     card = average([a, b], [1, 3]).card
-    assert card.parents == (a.digest, b.digest)
+    assert card.parents == (a.digest, b.digest) and card.parent_names == ("a", "b")
     assert card.recipe == {"operation": "average", "weights": (0.25, 0.75)}
     assert (card.licence, card.languages, card.warnings, card.base) == ("CC-BY-SA-4.0", ("swh", "kab"), ("religious text only", "small"), "tiny")
     assert not card.metrics and card.bias_evaluation == "not evaluated"
-
-
-@pytest.mark.parametrize(("given", "licence", "doubt"), [
-    (["MIT", "MIT"], "MIT", False), (["MIT", "Apache-2.0"], "Apache-2.0", False), (["", ""], "", False), (["MIT", ""], "", True),
-    (["MIT", "house rules"], "", True), (["CC-BY-SA-4.0", "GPL-3.0-only"], "", True), (["CC-BY-SA-4.0", "CC-BY-NC-4.0"], "", True),
-    (["CC-BY-4.0", "CC-BY-NC-4.0"], "CC-BY-NC-4.0", False),
-])  # fmt: skip
-def test_strictest_licence(given: list[str], licence: str, doubt: bool) -> None:
-    found, warning = strictest(given)
-    assert (found, warning is not None) == (licence, doubt)
 
 
 def test_operands_stay_as_they_are() -> None:

@@ -9,6 +9,7 @@ import typer
 from intarsia.cli import (
     bases,
     bench,
+    card,
     convert,
     corpus,
     data,
@@ -54,5 +55,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, store, corpus, lang, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, card, store, lang, corpus, merge, convert, bases, bench):
     _room.register(app)

@@ -71,6 +71,8 @@ def evaluate(
     intarsia eval -m runs/topic/module.safetensors test=test.tsv
     """
     from intarsia import tasks
+    from intarsia.compose import expr as parse
+    from intarsia.compose import names
     from intarsia.train.config import EvalConfig, load_config, read_file
 
     given = {
@@ -93,7 +95,8 @@ def evaluate(
         for name, table in tables.items()
     }  # fmt: skip
     results = {name: described(evaluation) for name, evaluation in found.items()}
-    payload = {"expression": running.expression, "task": running.task.name, "data": results}
+    digests = {name: running.host.extract(name).digest for name in sorted(names(parse(running.expression)))}
+    payload = {"expression": running.expression, "task": running.task.name, "digests": digests, "data": results}
     if chosen.predictions is not None:
         write_predictions(Path(chosen.predictions), found, tables)
     if chosen.out is not None:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from intarsia.cli.card import hub_id
 from intarsia.cli.console import Console, size_text
 from intarsia.cli.placing import check_free, new_folder
 from intarsia.cli.running import base_of
+from intarsia.cli.sources import read_modules
 from intarsia.errors import BaseError, CompositionError, DataError, ModuleError, listing
 
 if TYPE_CHECKING:
@@ -46,12 +48,12 @@ def checkpoint(
     """
     from intarsia import bases
     from intarsia.host import Host
-    from intarsia.modules import load
     from intarsia.modules.derived import derived_card
+    from intarsia.modules.readme import render
 
     check_free(out)
     texts = probe_texts(probe)
-    modules = [load(path, name=name) for name, path in files.items()]
+    modules = list(read_modules(files).values())
     headless = [without_head(module) for module in modules]
     dropped = [module.name for module in modules if module.method.head is not None]
     if dropped:
@@ -69,8 +71,8 @@ def checkpoint(
     with new_folder(out) as folder:
         folded.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        card = derived_card(modules, "merge", {"expression": str(parsed), "base": loaded.name})
-        (folder / "README.md").write_text(card.to_markdown(), "utf-8")
+        card = derived_card(modules, "merge", {"expression": str(parsed), "base": loaded.name}, inside=[loaded.licence])
+        (folder / "README.md").write_text(render(card, library="transformers", base_model=hub_id(loaded.name)), "utf-8")
         del folded
         again = bases.load(folder)
         largest, mean, scale = difference(wanted, outputs(again.model, again.tokenizer, texts))

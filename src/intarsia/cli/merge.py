@@ -14,6 +14,7 @@ from intarsia.cli.console import Console, size_text
 from intarsia.cli.options import AllowNetwork, parse_values
 from intarsia.cli.placing import check_free
 from intarsia.cli.running import BaseName, ForceBase, Modules, module_files
+from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import CompositionError, UsageError, listing, nearest
 
@@ -84,7 +85,7 @@ def chosen_files(parsed: Expr, given: Sequence[str] | None) -> dict[str, str]:
     Raises:
         CompositionError: it names no module, one that is not given, or not all that are.
     """
-    files = module_files(given)
+    files = module_files(given, parsed)
     order = list(dict.fromkeys(ref.name for ref in parsed.refs()))
     if not order:
         raise CompositionError(f"{parsed} names no module: there is nothing to merge")
@@ -101,13 +102,13 @@ def _module(
     console: Console, parsed: Expr, files: Mapping[str, str], out: Path, how: str, rank: int | None, pairs: Sequence[str] | None,
     name: str | None, head: str | None,
 ) -> None:  # fmt: skip
-    from intarsia.modules import load, save
+    from intarsia.modules import save
 
     check_free(out)
     if how not in HOW:
         raise UsageError(f"--how {how!r} is unknown{nearest(how, HOW)} known: {listing(HOW)}")
     weights = linear(parsed)
-    modules = [load(path, name=label) for label, path in files.items()]
+    modules = list(read_modules(files).values())
     merged, residual = merged_module(modules, [weights[m.name] for m in modules], how, rank, pairs, name, head)
     save(merged, out)
     size = out.stat().st_size
@@ -190,4 +191,4 @@ def merged_module(
     title = name or f"{how} of {' and '.join(module.name for module in modules)}"[:MAX_NAME]
     if title in [module.name for module in modules]:
         raise UsageError(f"--name {title!r} is the name of a module it is made of; give another")
-    return replace(result, name=title, card=derived_card(modules, how, recipe)), residual
+    return replace(result, name=title, card=derived_card(modules, how, recipe, nbytes=result.nbytes)), residual

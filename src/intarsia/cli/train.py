@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from intarsia.cli.card import statements
 from intarsia.cli.console import Console, size_text
 from intarsia.cli.options import (
     AllowNetwork,
@@ -30,6 +31,7 @@ from intarsia.cli.options import (
     reading,
 )
 from intarsia.cli.running import ForceBase, Modules, module_files
+from intarsia.cli.sources import pinned, read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import StoreError, UsageError
 
@@ -50,7 +52,7 @@ Out = Annotated[str | None, typer.Option("--out", "-o", help="Run directory; run
 Resume = Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory, exactly.", metavar="RUN")]
 Lang = Annotated[list[str] | None, typer.Option("--lang", help="Language of the data (BCP-47: swh, kab-Latn); may be given several times.")]
 Role = Annotated[list[str] | None, typer.Option("--role", metavar="KEY=VALUE", help="What the module is about, e.g. domain=news.")]
-CardField = Annotated[list[str] | None, typer.Option("--card", metavar="KEY=VALUE", help="A field of the card, e.g. licence=CC-BY-4.0.")]
+CardField = Annotated[list[str] | None, typer.Option("--card", metavar="KEY=VALUE", help="A statement of the card, e.g. licence=CC-BY-4.0; see `intarsia card set`.")]
 RecipeField = Annotated[
     list[str] | None, typer.Option("--recipe", metavar="KEY=VALUE", help="Any hyper-parameter, e.g. warmup=0.1; may be given several times.")
 ]
@@ -123,7 +125,7 @@ def train(
     values |= {f"recipe.{k}": parse_value(v) for k, v in parse_pairs(recipe, "--recipe").items()}
     values |= {f"read_settings.{k}": v for k, v in reading(columns, encoding, normalise, skip_bad, header).items()}
     values |= {f"roles.{k}": v for k, v in parse_pairs(role, "--role").items()}
-    values |= {f"card.{k}": parse_value(v) for k, v in parse_pairs(card, "--card").items()}
+    values |= {f"card.{k}": v for k, v in statements(card, "--card").items()}
     if lang:
         values |= {"card.languages": lang, "roles.language": "+".join(lang)}
     if resume is not None:
@@ -134,6 +136,8 @@ def train(
         written = read_file(config) if config is not None else {}
         values |= _settings(values, written, set_, task_set)
         chosen = load_config(TrainConfig, config, values | guesses(values, written))
+        if modules := pinned(chosen.modules, chosen.expression):
+            chosen = chosen.model_copy(update={"modules": modules})
     result = run(console, chosen, resume=resume is not None, force=force, force_base=force_base, allow_network=allow_network)
     if int(os.environ.get("RANK", "0")) == 0:
         console.result(payload(result, chosen), lambda: _report(console, result, chosen))
@@ -202,12 +206,13 @@ def run(
     from intarsia import bases, tasks
     from intarsia.host import Host
     from intarsia.methods import ROUTERS
-    from intarsia.modules import Card, load, save
+    from intarsia.modules import Card, DataSource, complete, save
     from intarsia.train import reporter
     from intarsia.train import train as train_module
 
     recipe = config.build_recipe()
-    completed(Card(), config.card)  # refused before training, not after
+    sources = (DataSource("train"), *([] if config.dev is None else [DataSource("dev")]))
+    complete(Card(data=sources), config.card)  # refused before training, not after
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in config.method_settings.items()}
     method = None if config.method in ROUTERS else method_row(config.method).build(**chosen)
     table = read_table(config.train, config.format, config.read_settings)
@@ -220,8 +225,8 @@ def run(
     task = tasks.build(kind.name, base.tokenizer, table=table, settings=settings, model=base.model)
     check_data(console, task, table, dev, force=force)
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
-    for name, path in config.modules.items():
-        host.insert(load(path, name=name), force_base=force_base)
+    for module in read_modules(config.modules).values():
+        host.insert(module, force_base=force_base)
     expression = config.expression
     if method is None:
         expression = expression or fused(config.modules, config.name)
@@ -234,24 +239,9 @@ def run(
     )  # fmt: skip
     written = result.path
     if config.card and written is not None:
-        result = replace(result, module=result.module.with_card(completed(result.module.card, config.card)))
+        result = replace(result, module=result.module.with_card(complete(result.module.card, config.card)))
         save(result.module, written)
     return result
-
-
-def completed(card: Any, fields: Mapping[str, Any]) -> Any:
-    """A card with the user's fields.
-
-    Raises:
-        UsageError: a card has no such field.
-    """
-    from intarsia.errors import nearest
-
-    known = [name for name in card.__dataclass_fields__ if name not in ("data", "metrics", "cost", "recipe", "parents")]
-    for key in fields:
-        if key not in known:
-            raise UsageError(f"card: no field {key!r} that a user writes{nearest(key, known)} known: {', '.join(known)}")
-    return replace(card, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def method_row(name: str) -> Row:

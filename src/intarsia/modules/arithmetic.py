@@ -142,15 +142,16 @@ def assemble(
         "; ".join(dict.fromkeys(m.method.source for m in modules if m.method.source)),
     )
     roles = {k: v for k, v in first.roles.items() if all(m.roles.get(k) == v for m in modules)}
+    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
     return Module(
         name=name or _name(operation, modules),
         method=method,
-        tensors={key: tensor.contiguous() for key, tensor in tensors.items()},
+        tensors=whole,
         base=first.base,
         labels=labels,
         roles=roles,
         requires=tuple(dict.fromkeys(digest for m in modules for digest in m.requires)),
-        card=derived_card(modules, operation, settings),
+        card=derived_card(modules, operation, settings, nbytes=sum(t.numel() * t.element_size() for t in whole.values())),
         context=dict(first.context),
     )
 

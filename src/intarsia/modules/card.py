@@ -5,15 +5,15 @@ Training writes what it knows; the user adds the rest; `missing` says what is st
 Mitchell et al. 2019, "Model Cards for Model Reporting" (arXiv 1810.03993), with one rule added: a bias evaluation that did
 not take place is called by its words, "not evaluated".
 
-What is not here: deriving the card of a merged module, and checking a store of cards.
+What is not here: completing a card from `field=value` and what to type for a missing statement (`completing.py`), the card as
+markdown (`readme.py`), the card of a merged module (`derived.py`).
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from intarsia._codec import plain, register
 from intarsia.errors import SpecError
@@ -21,7 +21,11 @@ from intarsia.errors import SpecError
 NOT_EVALUATED = "not evaluated"
 """The words a card has for a bias evaluation that did not take place."""
 
+UNKNOWN = "unknown"
+"""The licence of what was made from works whose licences do not say it; a card with it is not complete."""
+
 _TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
+_SCRIPT = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z]{3})*-[A-Z][a-z]{3}(-.*)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -36,6 +40,7 @@ class DataSource:
         licence: SPDX identifier or the licence's name.
         sha256: hash of the rows as they were used, 64 hexadecimal digits, or "" if unknown.
         rows: number of rows used, None if unknown.
+        origin: where it comes from: an address, a reference, who collected it.
     """
 
     name: str
@@ -43,6 +48,7 @@ class DataSource:
     licence: str = ""
     sha256: str = ""
     rows: int | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if self.sha256 and not _SHA256.fullmatch(self.sha256):
@@ -108,7 +114,7 @@ class Card:
         title: one line.
         description: a paragraph.
         languages: BCP-47 tags (`swh`, `kab-Latn`, `pt-BR`).
-        script: ISO 15924 code, where it is not in the tags.
+        script: ISO 15924 code, where it is not in the tags; several are joined by `+`.
         task: `topic classification`, `ner`, `mlm` ...
         data: what it was trained and evaluated on.
         base: name of the base model, for people; the module's fingerprint is what counts.
@@ -123,6 +129,8 @@ class Card:
         contact: whom to ask.
         warnings: what a user must know, one sentence each.
         parents: digests of modules it was made from.
+        parent_names: what those were called, in the same order.
+        conflicts: digests of modules it must not be used together with.
     """
 
     title: str = ""
@@ -143,9 +151,11 @@ class Card:
     contact: str = ""
     warnings: tuple[str, ...] = ()
     parents: tuple[str, ...] = ()
+    parent_names: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("languages", "data", "metrics", "warnings", "parents"):
+        for name in ("languages", "data", "metrics", "warnings", "parents", "parent_names", "conflicts"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise SpecError(f"card: {name} is a sequence, found the string {value[:80]!r}; write ({value[:20]!r},)")
@@ -153,45 +163,38 @@ class Card:
         object.__setattr__(self, "recipe", plain(dict(self.recipe), "$.recipe"))
         for tag in self.languages:
             check_language(tag)
+        if self.parent_names and len(self.parent_names) != len(self.parents):
+            raise SpecError(f"card: {len(self.parents)} parents and {len(self.parent_names)} names of them")
+
+    def gaps(self) -> list[tuple[str, str]]:
+        """What a complete card still lacks: where (`licence`, `data.1.origin`, `metrics.2`), and as a phrase."""
+        found = [(name, name) for name in _REQUIRED if not getattr(self, name)]
+        if self.licence == UNKNOWN:
+            found.append(("licence", "licence"))
+        if self.languages and not self.script and not all(map(_SCRIPT.fullmatch, self.languages)):
+            found.append(("script", "script"))
+        for i, source in enumerate(self.data, 1):
+            found += [(f"data.{i}.{what}", f"data {source.name!r}: {what}") for what in ("origin", "licence", "sha256") if not getattr(source, what)]
+        for i, metric in enumerate(self.metrics, 1):
+            where = " ".join(x for x in (metric.name, metric.split, metric.language) if x)
+            if metric.low is None or metric.high is None:
+                found.append((f"metrics.{i}", f"metric {where}: interval"))
+            if not metric.seeds:
+                found.append((f"metrics.{i}", f"metric {where}: seeds"))
+        return found
 
     def missing(self) -> list[str]:
         """What a complete card still lacks, one phrase each; empty if it is complete."""
-        lacking = [name for name in _REQUIRED if not getattr(self, name)]
-        for source in self.data:
-            lacking += [f"data {source.name!r}: {what}" for what in ("licence", "sha256") if not getattr(source, what)]
-        for metric in self.metrics:
-            where = " ".join(x for x in (metric.name, metric.split, metric.language) if x)
-            if metric.low is None or metric.high is None:
-                lacking.append(f"metric {where}: interval")
-            if not metric.seeds:
-                lacking.append(f"metric {where}: seeds")
-        return lacking
+        return [phrase for _, phrase in self.gaps()]
 
     def to_markdown(self) -> str:
-        """The card as a README for people and for the Hugging Face Hub (which reads the block at the top)."""
-        parts = [_front_matter(self), f"# {_line(self.title) or 'Untitled module'}"]
-        parts += [self.description.strip()] if self.description.strip() else []
-        parts += ["".join(f"> **Warning:** {_line(w)}\n" for w in self.warnings).rstrip()] if self.warnings else []
-        about = [("Languages", ", ".join(self.languages)), ("Script", self.script), ("Task", self.task), ("Base", self.base),
-                 ("Method", self.method), ("Licence", self.licence), ("Contact", self.contact), ("Made from", ", ".join(self.parents))]
-        parts.append(_table(("", ""), [(key, value) for key, value in about if value]))
-        for heading, text in (("Intended use", self.intended_use), ("Out of scope", self.out_of_scope), ("Bias evaluation", self.bias_evaluation)):
-            parts.append(f"## {heading}\n\n{text.strip() or 'Not stated.'}")
-        if self.metrics:
-            rows = [(m.name, m.split, m.language, f"{m.value:.4g}", _interval(m), _text(m.n), ", ".join(map(str, m.seeds))) for m in self.metrics]
-            parts.append("## Evaluation\n\n" + _table(("metric", "split", "language", "value", "95 % interval", "rows", "seeds"), rows))
-        if self.data:
-            rows_data = [(d.name, d.version, d.licence, _text(d.rows), d.sha256) for d in self.data]
-            parts.append("## Data\n\n" + _table(("source", "version", "licence", "rows", "sha256"), rows_data))
-        if self.recipe:
-            parts.append("## Recipe\n\n" + _table(("setting", "value"), [(k, json.dumps(v, ensure_ascii=False)) for k, v in sorted(self.recipe.items())]))
-        if self.cost:
-            costs = [(f.name, _text(getattr(self.cost, f.name))) for f in fields(self.cost) if getattr(self.cost, f.name) not in (None, "")]
-            parts.append("## Cost\n\n" + _table(("", ""), costs))
-        return "\n\n".join(part for part in parts if part) + "\n"
+        """The card as a README for people and for the Hugging Face Hub, see `readme.render`."""
+        from intarsia.modules.readme import render
+
+        return render(self)
 
 
-_REQUIRED = ("title", "languages", "task", "data", "base", "method", "recipe", "metrics", "bias_evaluation", "intended_use",
+_REQUIRED = ("title", "languages", "task", "data", "base", "method", "recipe", "metrics", "cost", "bias_evaluation", "intended_use",
              "out_of_scope", "licence", "contact")
 
 
@@ -205,43 +208,3 @@ def check_language(tag: str) -> None:
         better = tag.replace("_", "-")
         hint = f"; write {better!r}" if _TAG.fullmatch(better) else ""
         raise SpecError(f"{tag[:80]!r} is not a BCP-47 language tag such as 'swh' or 'kab-Latn'{hint}")
-
-
-def _front_matter(card: Card) -> str:
-    """YAML block, every string quoted, so that `no` stays Norwegian."""
-    entries: list[tuple[str, str | list[str]]] = [
-        ("library_name", "intarsia"), ("language", list(card.languages)), ("license", card.licence), ("base_model", card.base),
-        ("datasets", [d.name for d in card.data]), ("tags", ["intarsia", *([card.method] if card.method else [])]),
-    ]
-    lines = [
-        f"{key}: {_yaml(value)}" if isinstance(value, str) else f"{key}: [{', '.join(map(_yaml, value))}]" for key, value in entries if value
-    ]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _yaml(text: str) -> str:
-    """A double-quoted YAML string; JSON's would not do, as YAML has no surrogate pairs."""
-    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
-
-
-def _interval(metric: Metric) -> str:
-    return "" if metric.low is None or metric.high is None else f"[{metric.low:.4g}, {metric.high:.4g}]"
-
-
-def _text(value: object) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, (int, float)) else str(value)
-
-
-def _line(text: str) -> str:
-    """One line: line breaks would end a heading, a quote or a table row."""
-    return " ".join(text.split())
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A markdown table; a bar inside a cell is escaped."""
-
-    def row(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(_line(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
-
-    body = [row(cells) for cells in rows]
-    return "\n".join([row(header), "|" + "---|" * len(header), *body]) if body else ""

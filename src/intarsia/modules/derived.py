@@ -1,71 +1,54 @@
-"""The card of a module made from others: strictest licence, union of warnings and data, parents by digest.
+"""The card of a module made from others: strictest licence, union of warnings and data, parents by name and digest.
 
 Numbers measured on the parents say nothing about the result and are not taken over; neither is a bias evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from intarsia.modules.card import Card
+from intarsia.modules.card import Card, Cost
+from intarsia.modules.licences import strictest
 from intarsia.modules.module import Module
 
-#: how much a licence asks for; combinations across families of copyleft are left to a person
-STRICTNESS: Mapping[str, int] = {
-    "CC0-1.0": 0, "Unlicense": 0, "MIT": 1, "BSD-2-Clause": 1, "BSD-3-Clause": 1, "Apache-2.0": 2, "CC-BY-4.0": 3,
-    "MPL-2.0": 4, "CC-BY-SA-4.0": 5, "GPL-3.0-only": 6, "GPL-3.0-or-later": 6, "AGPL-3.0-only": 7,
-    "CC-BY-NC-4.0": 8, "CC-BY-NC-SA-4.0": 9,
-}  # fmt: skip
-_ALONE = ({"CC-BY-SA-4.0", "GPL-3.0-only", "GPL-3.0-or-later", "AGPL-3.0-only", "CC-BY-NC-SA-4.0"}, {"CC-BY-NC-4.0"})
+T = TypeVar("T")
 
 
-def strictest(licences: Sequence[str]) -> tuple[str, str | None]:
-    """The licence of a work made from works under these, and a warning where that is not certain.
+def derived_card(modules: Sequence[Module], operation: str, settings: Mapping[str, Any], *, nbytes: int | None = None, inside: Sequence[str] = ()) -> Card:
+    """A card for what `operation` made of `modules`.
 
-    An empty or unknown licence, or two that both bind derived works, gives no licence and a warning.
+    Args:
+        settings: what the operation was told, plain values.
+        nbytes: size of the result's tensors.
+        inside: licences of what else is in the result (the base, if its weights are).
     """
-    named = sorted({licence for licence in licences if licence})
-    missing = sum(not licence for licence in licences)
-    unknown = [licence for licence in named if licence not in STRICTNESS]
-    if not named:
-        return "", None
-    if len(named) == 1 and not missing:
-        return named[0], None
-    if missing or unknown:
-        what = f"{missing} without a licence" if missing else f"unknown to the table: {', '.join(unknown)}"
-        return "", f"the licence of the result is for a person to decide: parents under {', '.join(named)} ({what})"
-    binding = [licence for licence in named if licence in _ALONE[0]]
-    if len(binding) > 1 or (binding and any(licence in _ALONE[1] for licence in named)):
-        return "", f"the licence of the result is for a person to decide: {', '.join(named)} each bind what is derived from them"
-    return max(named, key=lambda licence: STRICTNESS[licence]), None
-
-
-def derived_card(modules: Sequence[Module], operation: str, settings: Mapping[str, Any]) -> Card:
-    """A card for what `operation` made of `modules`."""
     cards = [module.card for module in modules]
-    licence, doubt = strictest([card.licence for card in cards])
-    names = ", ".join(module.name for module in modules)
+    licence, doubt = strictest([*(card.licence for card in cards), *inside])
     warnings = _union(warning for card in cards for warning in card.warnings)
+    parents = {module.digest: module.name for module in reversed(modules)}  # the first name of a module that stands twice
+    digests = _union(module.digest for module in modules)
     return Card(
-        title=f"{operation} of {names}"[:200],
+        title=f"{operation} of {', '.join(module.name for module in modules)}"[:200],
         languages=_union(tag for card in cards for tag in card.languages),
-        script=_common([card.script for card in cards]),
+        script="+".join(_union(script for card in cards for script in card.script.split("+") if script)),
         task=_common([card.task for card in cards]),
         data=_union(source for card in cards for source in card.data),
-        base=_common([card.base for card in cards]),
-        method=_common([card.method for card in cards]),
+        base=_common([card.base for card in cards if card.base]),
+        method=" + ".join(_union(module.method.name for module in modules)),
         recipe={"operation": operation, **settings},
+        cost=Cost(trainable=0, bytes=nbytes),
         intended_use=_common([card.intended_use for card in cards]),
         out_of_scope="\n".join(_union(card.out_of_scope for card in cards if card.out_of_scope)),
         licence=licence,
         contact=_common([card.contact for card in cards]),
-        warnings=(*warnings, doubt) if doubt else warnings,
-        parents=_union(module.digest for module in modules),
+        warnings=_union((*warnings, doubt)) if doubt else warnings,
+        parents=digests,
+        parent_names=tuple(parents[digest] for digest in digests),
     )
 
 
-def _union(values: Any) -> tuple[Any, ...]:
+def _union(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 

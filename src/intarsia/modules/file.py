@@ -1,4 +1,4 @@
-"""One module, one safetensors file: `save`, `load`, `read_header`, and the same on bytes, `dumps` and `loads`.
+"""One module, one safetensors file: `save`, `load`, `read_header`, `put_card`, and the same on bytes, `dumps` and `loads`.
 
 The specification of the format is `docs/module-format.md`.  Equal modules give equal bytes.  Every byte is covered by a
 hash: the header by `checksum`, the tensors by `digest`; a file with one flipped bit is refused.
@@ -123,6 +123,23 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _header(read_layout(file, size, _version))
 
 
+def put_card(path: str | os.PathLike[str], card: Card) -> str:
+    """Replace the card in a module's file, whole or not at all, and return the digest, which stays.
+
+    Every byte of the file is verified; the tensors' bytes are copied as they are, coded or not, and the file keeps its version.
+
+    Raises:
+        ModuleError, StoreError: as `load` and `save`; what was there before is untouched.
+    """
+    with _open(path) as (file, size), _about(path):
+        layout = read_layout(file, size, _version)
+        _header(layout)  # verifies the header that is replaced
+        whole = _sealed(layout.entries, {**layout.metadata, "card": canonical_json(card).decode("utf-8")}) + file.read()
+    digest = loads(whole, source=os.fspath(path)).digest  # verifies the tensors
+    write_atomic(path, [whole], len(whole))
+    return digest
+
+
 def dumps(module: Module, *, dtype: Values | None = None) -> bytes:
     """The bytes `save` would write."""
     return b"".join(_chunks(module if dtype is None else compact(module, dtype), dtype == "int8"))
@@ -150,7 +167,7 @@ def _chunks(module: Module, int8: bool) -> list[bytes | memoryview]:
     entries = lay_out({key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in held.items()})
     coding = {_CODING: canonical_json({key: list(what) for key, (what, _) in coded.items()}).decode("utf-8")} if coded else {}
     values = {
-        "format": FORMAT, "version": "2" if coded else "1", **coding, "needs": NEEDS, "name": module.name, "digest": module.digest, "checksum": _BLANK.decode(),
+        "format": FORMAT, "version": "2" if coded else "1", **coding, "needs": NEEDS, "name": module.name, "digest": module.digest,
         **{
             key: canonical_json(value).decode("utf-8")
             for key, value in (
@@ -159,9 +176,14 @@ def _chunks(module: Module, int8: bool) -> list[bytes | memoryview]:
             )
         },
     }  # fmt: skip
-    blank = header_bytes(entries, values)
+    return [_sealed(entries, values), *(tensor_bytes(held[key]) for key in entries)]
+
+
+def _sealed(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """Length and header with the checksum over both."""
+    blank = header_bytes(entries, {**metadata, "checksum": _BLANK.decode()})
     checksum = hashlib.sha256(blank).hexdigest()
-    return [blank.replace(_field(_BLANK), _field(checksum.encode())), *(tensor_bytes(held[key]) for key in entries)]
+    return blank.replace(_field(_BLANK), _field(checksum.encode()))
 
 
 def _field(checksum: bytes) -> bytes:
