@@ -1,4 +1,7 @@
-"""`intarsia store`: modules kept by the hash of their bytes, with names, versions and tags."""
+"""`intarsia store`: modules kept by the hash of their bytes, with names, versions and tags.
+
+What is not here: `tree` and `diff` (`store_views.py`), `import`, `push` and `pull` (`store_moves.py`).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,19 @@ if TYPE_CHECKING:
     from intarsia.store.store import Stored
 
 Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
+AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Go on although a required module is not there.")]
 Reference = Annotated[str, typer.Argument(help="A name, name@version, name@tag, or 8 or more first digits of the sha256.")]
 
 
 def register(app: typer.Typer) -> None:
+    from intarsia.cli.store_moves import export, pull, push, take
+    from intarsia.cli.store_views import diff, tree
+
     room = typer.Typer(help="Keep modules under names and versions.", no_args_is_help=True)
-    for name, function in (("add", add), ("ls", ls), ("show", show), ("verify", verify), ("tag", tag), ("rm", rm), ("gc", gc), ("export", export)):
+    for name, function in (
+        ("add", add), ("ls", ls), ("show", show), ("tree", tree), ("diff", diff), ("verify", verify), ("tag", tag), ("rm", rm), ("gc", gc),
+        ("export", export), ("import", take), ("push", push), ("pull", pull),
+    ):  # fmt: skip
         verb(room, name)(function)
     app.add_typer(room, name="store")
 
@@ -31,30 +41,34 @@ def add(
     name: Annotated[str | None, typer.Option("--name", help="Name in the store.", show_default="the module's own")] = None,
     version: Annotated[str | None, typer.Option("--version", help="Version; begins with a digit.", show_default="the next number")] = None,
     tags: Annotated[list[str] | None, typer.Option("--tag", help="A tag to move to it; may be repeated.")] = None,
+    conflicts: Annotated[list[str] | None, typer.Option("--conflicts", help="A module of the store it must not be used together with; may be repeated.")] = None,
+    allow_missing: AllowMissing = False,
     store: Folder = None,
 ) -> None:
     """Verify a module file and keep it."""
     from intarsia.store.store import Store
 
     place = Store(store)
-    sha256 = place.add(file, name=name, version=version, tags=tags or ())
+    sha256 = place.add(file, name=name, version=version, tags=tags or (), conflicts=conflicts or (), allow_missing=allow_missing)
     names = [f"{each}@{label}" for each, held in place.names().items() for label, value in held.items() if value == sha256]
     console.result({"sha256": sha256, "names": names, "store": str(place.path)}, lambda: console.line(f"{sha256[:12]}  {', '.join(names)}"))
 
 
 def ls(
     console: Console,
-    language: Annotated[str | None, typer.Option("--lang", help="BCP-47 tag or ISO 639 code.")] = None,
+    language: Annotated[str | None, typer.Option("--lang", help="BCP-47 tag or ISO 639 code; a macro-language finds its members.")] = None,
+    script: Annotated[str | None, typer.Option("--script", help="ISO 15924 code, such as Latn.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="Task, as in the card.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base, as in the card or the fingerprint.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Name of the method.")] = None,
+    domain: Annotated[str | None, typer.Option("--domain", help="The role domain.")] = None,
     store: Folder = None,
 ) -> None:
     """List modules; only headers are read."""
     from intarsia.store.store import Store
 
     place = Store(store)
-    asked = {"language": language, "task": task, "base": base, "method": method}
+    asked = {"language": language, "script": script, "task": task, "base": base, "method": method, "domain": domain}
     found = place.find(**asked) if any(value is not None for value in asked.values()) else place.entries()
     for entry in found:
         if entry.problem:
@@ -75,19 +89,27 @@ def ls(
 
 
 def show(console: Console, module: Reference, store: Folder = None) -> None:
-    """Show what a module says of itself, and its names.  The tensors are not read."""
+    """Show what a module says of itself, its names and its relations.  The tensors are not read."""
     from intarsia.cli.module import _facts, describe
+    from intarsia.store.lineage import Lineage, origin
     from intarsia.store.store import Store
 
     place = Store(store)
     sha256 = place.resolve(module)
     header = place.header(sha256)
     names = [f"{each}@{label}" for each, held in place.names().items() for label, value in held.items() if value == sha256]
-    payload = {"sha256": sha256, "names": names, **describe(header)}
+    known = Lineage(place)
+    kin = {"made from": known.parents(header), "requires": known.requires(header), "conflicts": known.conflicts(header), "needed by": known.children(header.digest)}
+    relations = {what: [{"digest": each.digest, "sha256": each.sha256, "names": list(each.names), "title": each.title} for each in found] for what, found in kin.items()}
+    payload = {"sha256": sha256, "names": names, **describe(header), "relations": relations, "origin": origin(header)}
 
     def human() -> None:
         console.line(f"{sha256}  {', '.join(names) or 'no name'}")
         _facts(console, header, payload, verified=False)
+        rows = [[what, str(each)] for what, found in kin.items() for each in found]
+        if rows:
+            console.heading("Relations")
+            console.table(["how", "module"], rows)
 
     console.result(payload, human)
 
@@ -105,11 +127,17 @@ def verify(console: Console, module: Annotated[str | None, typer.Argument(help="
     console.result({"problems": []}, lambda: console.line("every byte verified"))
 
 
-def tag(console: Console, module: Annotated[str, typer.Argument(help="A name, name@version or name@tag.")], tag: Annotated[str, typer.Argument(help="The tag, such as 'best'.")], store: Folder = None) -> None:
+def tag(
+    console: Console,
+    module: Annotated[str, typer.Argument(help="A name, name@version or name@tag.")],
+    tag: Annotated[str, typer.Argument(help="The tag, such as 'best'.")],
+    if_match: Annotated[str | None, typer.Option("--if-match", help="Only if the tag holds the sha256 that begins so, or 'none'.")] = None,
+    store: Folder = None,
+) -> None:
     """Move a tag to a version of a name."""
     from intarsia.store.store import Store
 
-    sha256 = Store(store).tag(module, tag)
+    sha256 = Store(store).tag(module, tag, expected=if_match)
     name = module.rpartition("@")[0] or module
     console.result({"sha256": sha256, "tag": f"{name}@{tag}"}, lambda: console.line(f"{sha256[:12]}  {name}@{tag}"))
 
@@ -137,23 +165,15 @@ def gc(
     console.result(payload, lambda: console.line(f"{said} {len(done.removed)}, {size_text(done.freed)}; kept {done.kept}"))
 
 
-def export(console: Console, module: Reference, out: Annotated[Path, typer.Argument(help="The new file.")], store: Folder = None) -> None:
-    """Copy a module's file out of the store, verified."""
-    from intarsia.store.store import Store
-
-    path = Store(store).export(module, out)
-    console.result({"path": str(path)}, lambda: console.line(str(path)))
-
-
 def _summary(entry: Stored) -> dict[str, Any]:
-    from intarsia.store.store import method_name
+    from intarsia.store.store import languages_of, method_name
 
     row: dict[str, Any] = {"sha256": entry.sha256, "names": list(entry.names), "problem": entry.problem}
     header = entry.header
     if header is None:
-        return {**row, "method": None, "languages": [], "task": None, "base": None, "size": None}
-    spoken = dict.fromkeys((*header.card.languages, *filter(None, [header.roles.get("language")])))
+        return {**row, "method": None, "languages": [], "task": None, "domain": None, "base": None, "size": None}
     return {
-        **row, "method": method_name(header), "languages": list(spoken), "task": header.card.task or header.roles.get("task"),
+        **row, "method": method_name(header), "languages": languages_of(header), "task": header.card.task or header.roles.get("task"),
+        "domain": header.roles.get("domain"),
         "base": header.card.base or header.base.architecture, "size": header.size,
     }  # fmt: skip

@@ -100,8 +100,11 @@ class Comparison:
         return _together("whole", self.places)
 
 
-def compare(a: Module, b: Module) -> Comparison:
+def compare(a: Module, b: Module, names: tuple[str, str] | None = None) -> Comparison:
     """Compare two modules.
+
+    Args:
+        names: what to call them; None for their own names.
 
     Places that only one of them changes count for its support: their overlap is 0.
     """
@@ -114,7 +117,7 @@ def compare(a: Module, b: Module) -> Comparison:
         places = _places(changes(a), changes(b))
     except ModuleError:  # one of them is no sum of changes of weights
         places = _places(_stored(a), _stored(b))
-    return Comparison((a.name, b.name), tuple(places), unlike)
+    return Comparison(names or (a.name, b.name), tuple(places), unlike)
 
 
 def changes(module: Module) -> dict[str, tuple[What, Get]]:

@@ -19,6 +19,7 @@ from intarsia.store.store import Stored, languages_of
 
 Groups = Mapping[str, tuple[str, ...]]
 """By ISO 639-3 code the groups a language belongs to, from the largest to the smallest."""
+_SHORT = {long: short for short, long in LANGUAGE_ALPHA3.items()}
 OTHER = "(no language)"
 
 
@@ -49,7 +50,8 @@ def language_tree(entries: Iterable[Stored], groups: Groups | None = None, *, wh
     """The tree of the languages that modules are for.
 
     Args:
-        groups: the family tree; None for macro-languages only.
+        groups: the family tree; None for macro-languages only.  A macro-language and the member that it usually means
+            (`swa` and `swh`) are one language of it.
         whole: keep branches without modules too, to see what is missing.
 
     Returns:
@@ -83,6 +85,7 @@ def code_of(tag: str) -> str:
 
 
 def _leaf(root: Branch, code: str, groups: Groups | None) -> Branch:
+    code = next((other for other in _same(code) if other in groups), code) if groups is not None else code
     branch = root
     for group in _path(code, groups):
         branch = branch.below.setdefault(group, Branch(group))
@@ -92,10 +95,8 @@ def _leaf(root: Branch, code: str, groups: Groups | None) -> Branch:
 
 
 def _path(code: str, groups: Groups | None) -> tuple[str, ...]:
-    if groups is not None:
-        for other in _same(code):
-            if other in groups:
-                return tuple(group for group in groups[other] if group != code)
+    if groups is not None and code in groups:
+        return tuple(group for group in groups[code] if group != code)
     try:
         macro = macro_of(code)
     except ValueError:
@@ -105,8 +106,7 @@ def _path(code: str, groups: Groups | None) -> tuple[str, ...]:
 
 def _same(code: str) -> tuple[str, ...]:
     """The code, its macro-language, and the member that stands for it where it is one."""
-    short = {value: key for key, value in LANGUAGE_ALPHA3.items()}.get(code, code)
-    members = [member for member, macro in NORMALIZED_MACROLANGUAGES.items() if macro == short]
+    members = [member for member, macro in NORMALIZED_MACROLANGUAGES.items() if macro == _SHORT.get(code, code)]
     macro = NORMALIZED_MACROLANGUAGES.get(code)
     return (code, *members, *([code_of(macro)] if macro else []))
 
