@@ -71,7 +71,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fish": {"density": 0.05},
     "lt_sft": {"density": 0.1},
     "shira": {"rank": 2},
-    "s2ft": {"share": 0.2},
+    "s2ft": {"share": 0.3},
     "supermask": {"keep": 0.8},
     "spiel": {"density": 0.1},
     "rosa": {"rank": 2, "alpha": 2.0, "density": 0.05},

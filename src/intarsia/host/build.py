@@ -118,6 +118,7 @@ def build(
                 shared=shared,
                 device=torch.device("meta") if meta else device_of(module),
                 layers=sites.layers,
+                heads=heads_of(site, sites),
             )
             delta = Delta(patch.name, site, patch.form.build(place), patch.op)
             by_site.setdefault(site.name, (site, []))[1].append(delta)
@@ -129,6 +130,14 @@ def build(
             raise SpecError(f"two tied parts share the tag {tag!r}")
         tags[tag] = part
     return Built(list(by_site.values()), tags)
+
+
+def heads_of(site: Site, sites: SiteMap) -> tuple[int, int] | tuple[()]:
+    """(number of key/value heads, size of one) of the attention that a site is a part of."""
+    words = site.name.split(".")
+    at = next((i for i, word in enumerate(words) if word in ("attn", "xattn")), None)
+    found = None if at is None else sites.get(".".join((*words[: at + 1], "heads")))
+    return () if found is None else found.heads
 
 
 def reads_width(site: Site, module: nn.Module) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from intarsia.errors import SpecError
 from intarsia.methods.method import Group, Method, Patch, Policy, StepRule, row
 from intarsia.methods.regrow import Regrow, RegrowByMomenta
@@ -10,13 +12,22 @@ from intarsia.methods.thinning import L0, Project, Prune
 from intarsia.patches import Columns, HardConcrete, Matrix, Mul, Rot, Sparse, Ticket, TopMask
 
 OUTPUTS = "{attn,xattn}.o.weight, ffn.down.weight"
+INPUTS = "{attn,xattn}.v.weight, ffn.{gate,up}.weight"
 
 
-@row("s2ft", equation="W' = W + D in some columns of o and down", source="Yang et al. 2024, arXiv 2412.06289")
-def s2ft(share: float = 0.02, block: int = 1, seed: int = 0, at: str = OUTPUTS, layers: str | None = None) -> Method:
-    """Whole input channels of the output projections, chosen at random; with `block` the size of a head, whole heads."""
-    patch = Patch("delta", at, Matrix(Columns(share, block, seed)), port="weight", layers=layers)
-    return Method("s2ft", (patch,), Policy(learning_rate=2e-4))
+@row("s2ft", equation="W' = W + D in the columns of o and down that belong to some heads and channels", source="Yang et al. 2024, arXiv 2412.06289")
+def s2ft(
+    share: float = 0.02, heads: bool = True, block: int = 1, inputs: bool = False, seed: int = 0, at: str = OUTPUTS, layers: str | None = None
+) -> Method:
+    """Whole attention heads and feed-forward channels, chosen at random: their columns of the output projections.
+
+    With `inputs` their rows of v, gate and up are trained too.  `heads=False` chooses single columns of o (or `block`s) instead.
+    """
+    columns = Columns(share, block, seed, heads, coupled=inputs)
+    patches = [Patch("delta", at, Matrix(columns), port="weight", layers=layers)]
+    if inputs:
+        patches.append(Patch("rows", INPUTS, Matrix(replace(columns, rows=True)), port="weight", layers=layers))
+    return Method("s2ft", tuple(patches), Policy(learning_rate=2e-4))
 
 
 @row("supermask", equation="W' = W * 1[abs(S) among the largest], the gradient straight through to S", source="Ramanujan et al. 2020, arXiv 1911.13299; Zhao et al. 2020, arXiv 2004.12406")

@@ -4,6 +4,7 @@ from intarsia.patches.affine import Affine
 from intarsia.patches.attend import Attend
 from intarsia.patches.biaffine import Biaffine
 from intarsia.patches.bottleneck import Bottleneck
+from intarsia.patches.channels import Columns
 from intarsia.patches.circulant import Circulant
 from intarsia.patches.combine import Blocks, Hadamard, Sum
 from intarsia.patches.const import Const
@@ -18,7 +19,7 @@ from intarsia.patches.hyper import Hyper
 from intarsia.patches.kron import Kron, KronPair
 from intarsia.patches.labels import MultiMaskLabels
 from intarsia.patches.ladder import Ladder
-from intarsia.patches.masks import Columns, HardConcrete, KeptMask, Ticket, TopMask
+from intarsia.patches.masks import HardConcrete, KeptMask, Ticket, TopMask
 from intarsia.patches.matrix import Matrix
 from intarsia.patches.ops import Add, Concat, Gain, Mul, Replace, Rot, Set, Weigh
 from intarsia.patches.orthogonal import Butterfly, Cayley, Householder

@@ -28,7 +28,6 @@ from intarsia.patches.factors import Dense, Factor, FactorSpec
 from intarsia.patches.init import INITS
 from intarsia.patches.matrix import canonical_shape
 from intarsia.patches.place import Place
-from intarsia.patches.seeded import Stream
 from intarsia.patches.sparse import Sparse
 
 
@@ -243,55 +242,3 @@ class Ticket:
         shape = canonical_shape(place.site)
         mask = place.buffer(shape, lambda: torch.ones(shape, dtype=torch.bool))
         return TicketForm(place.parameter(*shape), mask)
-
-
-class ColumnsFactor(Factor):
-    """values [out, k] in the columns index [k], zero elsewhere."""
-
-    index: Tensor
-
-    def __init__(self, width: int, index: Tensor, values: nn.Parameter) -> None:
-        super().__init__()
-        self.width = width
-        self.register_buffer("index", index)
-        self.values = values
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(same_dtype(x, self.values)[..., self.index.long()], self.values)
-
-    def materialise(self) -> Tensor:
-        zero = torch.zeros(self.values.shape[0], self.width, dtype=self.values.dtype, device=self.values.device)
-        return zero.index_copy(1, self.index.long(), self.values)
-
-
-@register("columns")
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Whole columns of a matrix, drawn from a seed: input channels of a projection.
-
-    Attributes:
-        share: of the columns; at least one block.
-        block: neighbouring columns that are chosen together, such as an attention head's.
-        seed: of the choice.
-    """
-
-    share: float = 0.02
-    block: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0 or self.block < 1:
-            raise SpecError(f"columns need a share above 0 and at most 1, and blocks of at least 1, found {self}")
-
-    def build(self, shape: tuple[int, ...], place: Place, init: str = "zeros") -> ColumnsFactor:
-        if len(shape) != 2 or shape[1] % self.block:
-            raise SpecError(f"{place.site.name}: columns in blocks of {self.block} need a matrix whose width is a multiple of it, found shape {shape}")
-        out, width = shape
-        blocks = width // self.block
-        count = max(1, int(self.share * blocks))
-
-        def chosen() -> Tensor:
-            first = Stream(self.seed, "columns", place.label).distinct(count, blocks) * self.block
-            return (first[:, None] + torch.arange(self.block)).flatten().to(torch.int32)
-
-        return ColumnsFactor(width, place.buffer((count * self.block,), chosen), place.parameter(out, count * self.block, fill=INITS[init]))

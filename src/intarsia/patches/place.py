@@ -41,6 +41,7 @@ class Place:
         device: where the touched module lives.
         role: which tensor of the form is being built (`down`, `up` ...), for factors that are shared by role.
         layers: number of blocks of every stack.
+        heads: (number of key/value heads, size of one head) of the attention that the site is a part of; empty elsewhere.
     """
 
     site: Site
@@ -56,6 +57,7 @@ class Place:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     role: str = ""
     layers: Mapping[str, int] = field(default_factory=dict)
+    heads: tuple[int, int] | tuple[()] = ()
 
     def named(self, role: str) -> Place:
         """The same place, for one tensor of the form."""

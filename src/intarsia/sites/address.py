@@ -71,7 +71,7 @@ class Site:
         owners: every `(module path, parameter name)` that holds the same Parameter object (tied weights), the first
             being `(path, param)`.
         lend_at: path of the module during whose forward the parameter is read, when that is not the owner itself.
-        heads: (number of key/value heads, size of one head) for `mem` sites; empty otherwise.
+        heads: (number of key/value heads, size of one head) for `mem` and `heads` sites; empty otherwise.
         reused: the module also runs on something else than the batch's tokens in the same block (DeBERTa-v3 projects
             its table of relative positions, batch size 1, with the same q and k).
         rowless: what comes out there has no batch dimension (tables of relative positions), so the rows of one batch

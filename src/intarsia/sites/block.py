@@ -113,7 +113,7 @@ class Block:
             self.leaf(f"{name}.{word}")
         self.memory(name)
         width = self.input_width(f"{name}.o")
-        self.add(f"{name}.heads", self.full(f"{name}.o"), port="in", features=width, reads=self.reads(name))
+        self.add(f"{name}.heads", self.full(f"{name}.o"), port="in", features=width, reads=self.reads(name), heads=self.divided(name))
         self.leaf(f"{name}.o")
 
     def attention_parts(self, name: str, fused: str) -> dict[str, int]:
@@ -135,6 +135,12 @@ class Block:
                 f"which heads of size {size} do not divide"
             )
         return keys // size, size
+
+    def divided(self, name: str) -> tuple[int, int] | tuple[()]:
+        """The same where it is known, without asking for it."""
+        keys = self.draft.sites.get(self.name(f"{name}.k"))
+        size = structure.head_size(self.draft.need(parent(self.reads(name)), name), self.draft.model.config)
+        return (keys.features // size, size) if keys is not None and size and keys.features % size == 0 else ()
 
     def memory(self, name: str) -> None:
         """Keys and values can be reached where the module that owns the queries' projection calls the interface."""
