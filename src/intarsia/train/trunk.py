@@ -29,7 +29,7 @@ from intarsia.train.batches import collated, lengths, moved
 from intarsia.train.evaluation import distributed
 from intarsia.train.frozen import evaluating
 from intarsia.train.recipe import Recipe
-from intarsia.train.states import States, bytes_per_token
+from intarsia.train.states import Kept, States, bytes_per_token
 from intarsia.train.task import Batch, Features, Task, context_of
 
 MEMORY = 2 << 30
@@ -122,7 +122,7 @@ def trunk(
         start, path, count = _begin(host, name, task, features, recipe, steps)
         width = host.sites[str(start - 1)].features
         rows = lengths(features, task.keys)
-        size = sum(rows) * bytes_per_token(width, recipe.trunk)
+        size = sum(rows) * bytes_per_token(width, _kept(recipe))
         states, where = _room(host, name, features, expression, recipe, start, sum(rows), width, size, folder)
     except SiteError as reason:
         return Without(str(reason))
@@ -139,6 +139,11 @@ def trunk(
             shutil.rmtree(where, ignore_errors=True)
         return Without(str(reason))
     return found
+
+
+def _kept(recipe: Recipe) -> Kept:
+    assert recipe.trunk != "off"
+    return recipe.trunk
 
 
 def _begin(host: Host, name: str, task: Task, features: Sequence[Features], recipe: Recipe, steps: int) -> tuple[int, str, int]:
@@ -199,7 +204,7 @@ def _room(
 ) -> tuple[States, Path | None]:
     """An empty table, or the complete file of an earlier part of the same training; and the temporary folder it lies in."""
     if size <= MEMORY:
-        return States(tokens, width, recipe.trunk), None
+        return States(tokens, width, _kept(recipe)), None
     where = None if folder is not None else Path(tempfile.mkdtemp(prefix="intarsia-trunk-"))
     place = folder if folder is not None else where
     assert place is not None
@@ -214,7 +219,7 @@ def _room(
         text.update(repr(list(feature["input_ids"])).encode())
     parts = [host.fingerprint.to_dict(), others, start, recipe.trunk, text.hexdigest()]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-    return States(tokens, width, recipe.trunk, place / f"trunk-{key[:32]}.bin"), where
+    return States(tokens, width, _kept(recipe), place / f"trunk-{key[:32]}.bin"), where
 
 
 def _fill(
