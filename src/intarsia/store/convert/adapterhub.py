@@ -28,10 +28,12 @@ from torch import Tensor
 from intarsia.errors import ModuleError, listing, nearest
 from intarsia.modules.card import Card
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Bottleneck, Const, Dense, FactorSpec, FormSpec, Gated, LowRank, Mul, Scaled
+from intarsia.patches import Add, Bottleneck, Dense, FactorSpec, FormSpec, Gated, Scaled
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.adapterhub_kinds import HEAD_CONFIG, Reading, head, hypercomplex, prefixes, refts
+from intarsia.store.convert.adapterhub_heads import HEAD_CONFIG, read_head
+from intarsia.store.convert.adapterhub_kinds import Reading, activation, hypercomplex, invertible, prefixes, refts
+from intarsia.store.convert.adapterhub_lora import loras
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
@@ -54,8 +56,6 @@ SLOTS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{p
     (r"(encoder|decoder)\.layers\.(\d+)\.cross_attention_adapters", "{}.{}.xattn"),
     (r"(encoder|decoder)\.layers\.(\d+)\.output_adapters", "{}.{}.ffn"),
 ))  # fmt: skip
-ACTIVATIONS: Mapping[str | None, str] = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "tanh": "tanh",
-                                         "leakyrelu": "leakyrelu", None: "identity"}  # fmt: skip
 _TRAINING = {"dropout", "init_weights", "init_weights_seed", "stochastic_depth", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
              "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "factorized_phm_W", "factorized_phm_rule", "dtype",
              "bottleneck_size"}  # fmt: skip
@@ -71,14 +71,23 @@ TOP = {"config", "config_id", "hidden_size", "model_class", "model_name", "model
 
 
 def read_adapterhub(
-    folder: str | os.PathLike[str], *, sites: SiteMap, base: Fingerprint, name: str | None = None, allow_pickle: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    sites: SiteMap,
+    base: Fingerprint,
+    name: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    config: Any = None,
+    allow_pickle: bool = False,
 ) -> tuple[Module, Report]:
-    """Read `adapter_config.json` and `adapter.safetensors`.
+    """Read `adapter_config.json` and `adapter.safetensors`, and the head beside them.
 
     Args:
         sites: of the model it is for, `resolve(model)`.
         base: fingerprint of that model; the file does not say which it belongs to.
         name: of the module; None for the adapter's.
+        weights: `model.state_dict()`, for language-model heads (tied or not) and heads of a model class of transformers.
+        config: `model.config`, for what heads leave to the model (epsilon of norms, dropout).
         allow_pickle: where there is only `pytorch_adapter.bin`, open it in a restricted process (with a warning).
 
     Raises:
@@ -86,10 +95,12 @@ def read_adapterhub(
         ModuleError: a field, method or tensor that is not understood, or a layer that the model lacks.
     """
     with sound(os.fspath(folder)):
-        return _read(Path(folder), sites, base, name, allow_pickle)
+        return _read(Path(folder), sites, base, name, weights, config, allow_pickle)
 
 
-def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, allow_pickle: bool) -> tuple[Module, Report]:
+def _read(
+    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None, model: Any, allow_pickle: bool
+) -> tuple[Module, Report]:
     raw = read_config(folder, CONFIG)
     source = str(folder / CONFIG)
     unknown = [key for key in raw if key not in TOP]
@@ -111,12 +122,14 @@ def _read(folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, all
         raise ModuleError(f"{source}: a union of {listing(kinds)}; two of one kind cannot be told apart by their keys")
     for kind, part in zip(kinds, parts):
         _check(kind, part, source)
-        {"bottleneck": _bottlenecks, "lora": _loras, "prefix_tuning": prefixes, "reft": refts}[kind](reading, part)
+        {"bottleneck": _bottlenecks, "lora": loras, "prefix_tuning": prefixes, "reft": refts}[kind](reading, part)
     if reading.tensors:
         raise ModuleError(f"{folder}: {len(reading.tensors)} tensors that its configuration does not explain: {listing(sorted(reading.tensors), 4)}")
     if not reading.pieces:
         raise ModuleError(f"{folder}: it holds no tensors of adapter {adapter!r}")
-    labels, left_out = head(reading, folder, allow_pickle) if (folder / HEAD_CONFIG).exists() else (None, [])
+    labels, left_out = None, []
+    if (folder / HEAD_CONFIG).exists():
+        labels, left_out = read_head(reading, folder, allow_pickle, str(raw.get("model_type")), weights, model)
     method, ours = together("+".join(kinds), reading.pieces, source=f"adapters {version.removeprefix('adapters.')}, {'+'.join(kinds)}")
     card = Card(base=str(raw.get("model_name") or ""), method=method.name, description=f"Read from files of {version}.")
     module = Module(name or adapter, method, {**ours, **reading.tied}, base, labels=labels, card=card)
@@ -134,10 +147,8 @@ def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
     if unknown:
         raise ModuleError(f"{source}: {kind} has no field {listing(map(repr, unknown))}{nearest(unknown[0], known)}")
     refused = {
-        "inv_adapter": "invertible adapters at the embeddings have no place here yet",
         "shared_W_phm": "shared matrices of hypercomplex layers are not read",
         "factorized_phm_rule": "factorised rules of hypercomplex layers are not read",
-        "use_dora": "its DoRA scales the bias and leaves the scale out of the norm, which is another formula", "vera_d": "its VeRA is not read",
     }  # fmt: skip
     for key, reason in refused.items():
         if config.get(key) and (config.get("phm_layer") or not key.endswith(("phm", "phm_rule"))):
@@ -156,6 +167,8 @@ def _site(reading: Reading, slot: str) -> Site:
 
 
 def _bottlenecks(reading: Reading, config: Mapping[str, Any]) -> None:
+    if config.get("inv_adapter"):
+        invertible(reading, config)
     for slot, leaves in reading.groups("adapters").items():
         site = _site(reading, slot)
         lead = f"{slot}.adapters.{reading.name}."
@@ -190,10 +203,6 @@ def _bottleneck(
     parallel, scaling = config["is_parallel"], config["scaling"]
     if residual == "post_add" or (not after and (parallel or not before or residual)):
         raise ModuleError(f"residual_before_ln={residual!r} with original_ln_before={before}, original_ln_after={after} adds the skip connection in a way no adapter here does")
-    activation = config["non_linearity"]
-    activation = activation.lower() if isinstance(activation, str) else activation
-    if activation not in ACTIVATIONS:
-        raise ModuleError(f"non_linearity={activation!r} is not read{nearest(str(activation), [a for a in ACTIVATIONS if a])}")
     own = "self"
     if config["ln_after"] and not parallel and config["adapter_residual_before_ln"]:
         own = "inside"
@@ -206,7 +215,7 @@ def _bottleneck(
         raise ModuleError("adapter_residual_before_ln under ln_after is read only without original_ln_before and with scaling 1")
     norm = {(False, False): "none", (True, False): "in", (False, True): "out", (True, True): "both"}[bool(config["ln_before"]), bool(config["ln_after"])]
     form: FormSpec = Bottleneck(
-        len(ours["down_bias"]), activation=ACTIVATIONS[activation], read=read, dropout=float(config["dropout"]),  # type: ignore[arg-type]
+        len(ours["down_bias"]), activation=activation(config["non_linearity"]), read=read, dropout=float(config["dropout"]),  # type: ignore[arg-type]
         norm=norm, residual=own, factor=factor,  # type: ignore[arg-type]
     )  # fmt: skip
     scale = 1.0
@@ -228,52 +237,3 @@ def _bottleneck(
     if scale != 1.0 and (own != "self" or norm in ("out", "both")):
         raise ModuleError(f"scaling={scale} inside a norm or beside another skip connection is not read")
     return Piece(site.name, "adapter", form, Add(scale), "out", ours)
-
-
-def _loras(reading: Reading, config: Mapping[str, Any]) -> None:
-    scaled = config["composition_mode"] == "scale"
-    if not scaled and config["composition_mode"] != "add":
-        raise ModuleError(f"composition_mode={config['composition_mode']!r} is not read; 'add' and 'scale' are")
-    if scaled and config["use_gating"]:
-        raise ModuleError("a gated (IA)^3 is not read")
-    for path, leaves in reading.groups("loras").items():
-        found = reading.paths.split(f"{path}.x")
-        if found is None or found[1] != "x":
-            raise ModuleError(f"{path}: {reading.sites.model} has no such module; is this the model it was trained on?")
-        lead = f"{path}.loras.{reading.name}."
-        needed = ({"lora_B"} if scaled else {"lora_A", "lora_B"}) | ({"gate.weight", "gate.bias"} if config["use_gating"] else set())
-        if leaves != needed:
-            raise ModuleError(f"{lead}: expected the tensors {listing(sorted(needed))}, found {listing(sorted(leaves))}")
-        tensors = {leaf: reading.take(lead + leaf) for leaf in sorted(leaves)}
-        for site, part in _parts(reading, config, found[0], tensors):
-            reading.pieces.append(_scaled(config, site, part) if scaled else _lora(config, site, part))
-
-
-def _parts(reading: Reading, config: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> list[tuple[Site, dict[str, Tensor]]]:
-    """The sites of a module and their share of its tensors; a fused projection has one share for each matrix named."""
-    sites = [site for site in reading.paths.out.get(path, []) if site.view is not None]
-    if not sites:
-        return [(reading.paths.linear(path), tensors)]
-    matrices = [m for m in ("q", "k", "v") if m in config["attn_matrices"]]
-    by_word = {site.name.rpartition(".")[2]: site for site in sites}
-    count = len(matrices)
-    shares = {leaf: tensor.chunk(count) for leaf, tensor in tensors.items()}
-    if any(m not in by_word for m in matrices) or any(len(share) != count for share in shares.values()):
-        raise ModuleError(f"{path}: {listing(matrices)} are not the parts of this projection ({listing(by_word)}), or do not divide its tensors")
-    return [(by_word[m], {leaf: share[i] for leaf, share in shares.items()}) for i, m in enumerate(matrices)]
-
-
-def _scaled(config: Mapping[str, Any], site: Site, tensors: dict[str, Tensor]) -> Piece:
-    return Piece(site.name, "scale", Const("ones"), Mul(), "out", {"value": tensors["lora_B"][:, 0] * float(config["alpha"])})
-
-
-def _lora(config: Mapping[str, Any], site: Site, tensors: dict[str, Tensor]) -> Piece:
-    rank = tensors["lora_A"].shape[0]
-    if rank != config["r"]:
-        raise ModuleError(f"{site.name}: the configuration says rank {config['r']}, the tensors have rank {rank}")
-    ours = {"factor.down": tensors["lora_A"], "factor.up": tensors["lora_B"]}
-    form: FormSpec = Affine(LowRank(rank), float(config["dropout"]))
-    if not config["use_gating"]:
-        return Piece(site.name, "lora", form, Add(float(config["alpha"]) / rank), "out", ours)
-    gate = {"gate": tensors["gate.weight"][0], "gate_bias": tensors["gate.bias"]}
-    return Piece(site.name, "lora", Gated(form, masked=False), Add(), "out", {**{f"inner.{k}": t for k, t in ours.items()}, **gate})

@@ -1,9 +1,10 @@
-"""AdapterHub's prefixes, ReFT, hypercomplex layers and heads: their tensors as ours.
+"""AdapterHub's prefixes, ReFT, invertible adapters and hypercomplex layers: their tensors as ours.
 
 | theirs | ours |
 |---|---|
 | `control_trans` [P * 2 L H d]; behind a network `wte`, `control_trans.0` (tanh), `.2` | `Attend`; its network, with the last map cut by layer |
 | x sum_i kron(R_i, W_left_i W_right_i) (Compacter) | `Kron` of the transposes, since x stands on the left there |
+| `invertible_adapters`, F and G of a NICE coupling | `Coupling` |
 | h + R^T (W h + b - R h) at the first and last tokens | `SubspaceEdit`; an orthogonal R is made once from torch's parametrisation |
 """
 
@@ -12,20 +13,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intarsia.errors import ModuleError, listing
-from intarsia.patches import Add, Attend, Concat, Head, Kron, Replace, SubspaceEdit
+from intarsia.errors import ModuleError, listing, nearest
+from intarsia.patches import Add, Attend, Concat, Coupling, Kron, SubspaceEdit
 from intarsia.sites.address import Site, SiteMap
-from intarsia.store.convert.folder import as_float, read_config, read_tensors
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece
 
-HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
+ACTIVATIONS: Mapping[str | None, str] = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "tanh": "tanh",
+                                         "leakyrelu": "leakyrelu", None: "identity"}  # fmt: skip
 #: sets of prefixes by our attention memories
 PREFIX_SETS: Mapping[str, tuple[str, ...]] = {"self_prefix": ("#.attn.mem", "decoder.#.attn.mem"), "encoder_prefix": ("encoder.#.attn.mem",),
                                               "cross_prefix": ("decoder.#.xattn.mem",)}  # fmt: skip
@@ -142,6 +142,35 @@ def _like(name: str, pattern: str) -> bool:
     return len(words) == len(wanted) and all(w == p or (p == "#" and w.isdecimal()) for w, p in zip(words, wanted))
 
 
+def invertible(reading: Reading, config: Mapping[str, Any]) -> None:
+    """The coupling at the embeddings of a language adapter; two stacks share what the encoder's has (adapters puts it there only)."""
+    if config["inv_adapter"] != "nice":
+        raise ModuleError(f"inv_adapter={config['inv_adapter']!r} is not read; 'nice' is (adapters' 'glow' gives a list where its models need a tensor: no model ran with it)")
+    mark = f"invertible_adapters.{reading.name}."
+    keys = {key.partition(mark)[2]: key for key in reading.tensors if mark in key}
+    if not keys:
+        reading.notes["it has no invertible adapter, though its configuration names one (a task adapter on top of a language's)"] = None
+        return
+    names = {f"{theirs}.{number}.{leaf}": f"tied/coupling.{half}.{side}{'_bias' if leaf == 'bias' else ''}" for theirs, half in (("F", "first"), ("G", "second"))
+             for number, side in ((0, "down"), (2, "up")) for leaf in ("weight", "bias")}  # fmt: skip
+    if set(keys) != set(names):
+        raise ModuleError(f"{mark}*: expected {listing(names, 8)}, found {listing(sorted(keys), 8)}")
+    reading.tied |= {ours: reading.take(keys[theirs]) for theirs, ours in names.items()}
+    site = reading.sites["encoder.stem" if "encoder.stem" in reading.sites else "stem"]
+    if site.features != sum(len(reading.tied[f"tied/coupling.{half}.up_bias"]) for half in ("first", "second")):
+        raise ModuleError(f"{mark}*: made for other embeddings than those of {site.features} features that {reading.sites.model} has")
+    form = Coupling(float(config["inv_adapter_reduction_factor"]), activation(config["non_linearity"]))
+    reading.pieces.append(Piece(site.name, "invertible", form, Add(), "in" if site.port == "in" else "out", {}))
+
+
+def activation(theirs: object) -> str:
+    """Our name of a non-linearity."""
+    theirs = theirs.lower() if isinstance(theirs, str) else theirs
+    if theirs not in ACTIVATIONS:
+        raise ModuleError(f"non_linearity={theirs!r} is not read{nearest(str(theirs), [a for a in ACTIVATIONS if a])}")
+    return ACTIVATIONS[theirs]  # type: ignore[index]
+
+
 def hypercomplex(reading: Reading, config: Mapping[str, Any], lead: str, first: str) -> tuple[Kron, dict[str, Tensor]]:
     """The Kronecker factors of one adapter; a shared rule goes to the module's root."""
     shared, low = bool(config["shared_phm_rule"]), bool(config["factorized_phm_W"])
@@ -214,25 +243,3 @@ def _block(reading: Reading, slot: str) -> Site:
                 raise ModuleError(f"{slot} would be {name}, which {reading.sites.model} lacks; is this the model it was trained on?")
             return reading.sites[name]
     raise ModuleError(f"{slot}.reft_layer: no block is known by this path")
-
-
-def head(reading: Reading, folder: Path, allow_pickle: bool) -> tuple[tuple[str, ...] | None, list[str]]:
-    """A linear tagging head becomes one of ours; others are left out, with the reason."""
-    raw = read_config(folder, HEAD_CONFIG)
-    config = raw.get("config") or {}
-    kind, layers = config.get("head_type"), config.get("layers")
-    if kind != "tagging" or layers != 1:
-        what = f"{kind} with {layers} layers" if kind else "of a model class of transformers"
-        return None, [f"the prediction head beside it ({what}): heads here are linear maps, and only tagging heads of one layer are read; train a head here"]
-    names = config.get("label2id") or {}
-    labels = tuple(sorted(names, key=lambda name: int(names[name])))
-    lead = f"heads.{raw.get('name')}.1."
-    tensors = {key: as_float(t) for key, t in read_tensors(folder, HEAD_WEIGHTS, HEAD_PICKLE, allow_pickle).items()}
-    if set(tensors) != {f"{lead}weight", f"{lead}bias"} or len(tensors[f"{lead}bias"]) != len(labels):
-        raise ModuleError(f"{folder}: a tagging head of {len(labels)} labels has {lead}weight and .bias of that size, found {listing(sorted(tensors), 4)}")
-    dropout = config.get("dropout_prob")
-    form = Head(labels, "token", dropout=0.1 if dropout is None else float(dropout), standardise=False)
-    ours = {leaf: tensors[lead + leaf] for leaf in ("weight", "bias")}
-    reading.pieces.append(Piece("logits", "head", form, Replace(), "logits", ours, "head"))
-    reading.carried += 2
-    return labels, []

@@ -18,7 +18,8 @@ from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Attend, Bottleneck, Const, Dense, Gated, LowRank, Mul, Scaled
 from intarsia.sites.address import Site, SiteMap
-from intarsia.store.convert.adapterhub import ACTIVATIONS, CONFIG, SLOTS, WEIGHTS
+from intarsia.store.convert.adapterhub import CONFIG, SLOTS, WEIGHTS
+from intarsia.store.convert.adapterhub_kinds import ACTIVATIONS
 from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.report import Report
 
