@@ -1,11 +1,11 @@
 """Bundles: several modules of a store in one file, a plain tar archive without compression.
 
-    index.json                    {"format": "intarsia-bundle", "version": 1, "labels": [[name, version or tag, sha256], ...]}
+    index.json                    {"format": "intarsia-bundle", "labels": [[name, version or tag, sha256], ...], "sha256": of the labels, "version": 1}
     blobs/<sha256>.safetensors    module files
 
-Only this is read: regular entries of these names, each once, nothing behind the end.  Whatever else an archive may hold (links,
-devices, folders, paths that climb, extended headers, compression) is refused with the whole archive, before anything is written.
-Python's `tarfile` is not used for reading: it follows extended headers, which may announce any size.
+Only what this file would write itself is read, byte for byte: every change of a bundle is noticed, and whatever else an archive
+may hold (links, devices, folders, paths that climb, extended headers, compression) is refused with the whole archive, before
+anything is written.  Python's `tarfile` is not used for reading: it follows extended headers, which may announce any size.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ LARGEST = 2 << 30
 _INDEX_LIMIT = 4 << 20
 _ENTRIES = 20_000
 _BLOCK = 512
+_END = b"\0" * (2 * _BLOCK)
 _BLOB = re.compile(r"blobs/([0-9a-f]{64})\.safetensors")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"5": "a folder", b"6": "a pipe", b"x": "an extended header",
           b"g": "an extended header", b"L": "a long name", b"K": "a long link", b"S": "a sparse file"}  # fmt: skip
@@ -45,11 +46,10 @@ def write_bundle(path: str | os.PathLike[str], files: Mapping[str, bytes], label
     if os.path.lexists(target):
         raise StoreError(f"cannot export to {target}: it exists; give a new file name")
     order = sorted(labels, key=lambda each: (each.name, each.label))
-    index = canonical_json({"format": "intarsia-bundle", "version": 1, "labels": [[each.name, each.label, each.sha256] for each in order]})
-    chunks: list[bytes] = [*_entry(INDEX, index)]
+    chunks: list[bytes] = [*_entry(INDEX, _index([[each.name, each.label, each.sha256] for each in order]))]
     for sha256 in sorted(files):
         chunks += _entry(f"blobs/{sha256}.safetensors", files[sha256])
-    chunks.append(b"\0" * (2 * _BLOCK))
+    chunks.append(_END)
     return write_atomic(target, chunks, sum(map(len, chunks)))
 
 
@@ -109,12 +109,14 @@ def _parsed(data: bytes) -> tuple[dict[str, bytes], list[Label]]:
             if hashlib.sha256(files[found[1]]).hexdigest() != found[1]:
                 raise ModuleError(f"entry {name!r} is damaged: its bytes do not have the sha256 of its name")
         else:
-            raise ModuleError(f"entry {ascii(name)[:120]} is not expected; a bundle holds {INDEX} and blobs/<sha256>.safetensors, each once")
+            raise ModuleError(f"entry {ascii(name)[:120]} stands twice, or is too large")
         if len(files) > _ENTRIES:
             raise ModuleError(f"more than {_ENTRIES:,} entries")
         at = begin + -(-size // _BLOCK) * _BLOCK
-    if data[at:].strip(b"\0"):
-        raise ModuleError(f"something stands behind the end of the archive, at byte {at:,}")
+        if data[end:at].strip(b"\0"):
+            raise ModuleError(f"entry {name!r}: something stands in the space behind it")
+    if data[at:] != _END:
+        raise ModuleError(f"truncated, or something stands behind the end of the archive, at byte {at:,}")
     if index is None:
         raise ModuleError(f"it has no {INDEX}: an archive, but not one that intarsia store export wrote")
     return files, _labels(index, files)
@@ -127,12 +129,11 @@ def _checked(head: bytes, at: int) -> tuple[str, int]:
     if head[257:263] != b"ustar\0" or kind not in (b"0", b"\0"):
         what = _KINDS.get(kind, "of an unknown kind")
         raise ModuleError(f"entry {ascii(name)[:120]} is {what}; a bundle holds regular files only" if head[257:262] == b"ustar" else f"no tar header at byte {at:,}")
-    try:
-        size, checksum = int(_text(head[124:136]).strip() or "x", 8), int(_text(head[148:156]).strip() or "x", 8)
-    except ValueError:
-        raise ModuleError(f"entry {ascii(name)[:120]}: its size or checksum cannot be read") from None
-    if size < 0 or checksum != _sum(head):
-        raise ModuleError(f"entry {ascii(name)[:120]}: its header is damaged")
+    size = int(head[124:135], 8) if re.fullmatch(rb"[0-7]{11}", head[124:135]) else -1
+    if not (name == INDEX or _BLOB.fullmatch(name)):
+        raise ModuleError(f"entry {ascii(name)[:120]} is not expected; a bundle holds {INDEX} and blobs/<sha256>.safetensors, each once")
+    if size < 0 or head != _head(name, size):
+        raise ModuleError(f"entry {ascii(name)[:120]}: its header is damaged, or another program wrote it")
     return name, size
 
 
@@ -141,12 +142,15 @@ def _labels(index: bytes, files: Mapping[str, bytes]) -> list[Label]:
         value: Any = parse_json(index, INDEX)
     except SpecError as error:
         raise ModuleError(str(error)) from error
-    if not isinstance(value, dict) or value.get("format") != "intarsia-bundle" or set(value) != {"format", "version", "labels"}:
+    if not isinstance(value, dict) or value.get("format") != "intarsia-bundle":
         raise ModuleError(f"{INDEX} is not that of a bundle")
-    if value["version"] != 1:
-        raise ModuleError(f"it has version {str(value['version'])[:20]}, this intarsia reads version 1 (pip install -U intarsia)")
+    if value.get("version") != 1:
+        raise ModuleError(f"it has version {str(value.get('version'))[:20]}, this intarsia reads version 1 (pip install -U intarsia)")
+    rows = value.get("labels")
+    if not isinstance(rows, list) or index != _index(rows):
+        raise ModuleError(f"{INDEX} is damaged: it does not have the sha256 it names")
     found = []
-    for row in value["labels"] if isinstance(value["labels"], list) else [None]:
+    for row in rows:
         if not isinstance(row, list) or len(row) != 3 or not all(isinstance(word, str) for word in row):
             raise ModuleError(f"{INDEX}: {str(row)[:80]} is not [name, version or tag, sha256]")
         if row[2] not in files:
@@ -155,18 +159,23 @@ def _labels(index: bytes, files: Mapping[str, bytes]) -> list[Label]:
     return found
 
 
+def _index(rows: list[Any]) -> bytes:
+    return canonical_json({"format": "intarsia-bundle", "version": 1, "labels": rows, "sha256": hashlib.sha256(canonical_json({"labels": rows})).hexdigest()})
+
+
 def _entry(name: str, data: bytes) -> list[bytes]:
+    if len(data) > LARGEST:
+        raise StoreError(f"{name} has {len(data):,} bytes; a bundle holds files of up to {LARGEST:,}: push it instead")
+    return [_head(name, len(data)), data, b"\0" * (-len(data) % _BLOCK)]
+
+
+def _head(name: str, size: int) -> bytes:
     head = bytearray(_BLOCK)
-    for begin, value in ((0, name.encode("ascii")), (100, b"0000644\0"), (108, b"0000000\0"), (116, b"0000000\0"), (124, b"%011o\0" % len(data)),
+    for begin, value in ((0, name.encode("ascii")), (100, b"0000644\0"), (108, b"0000000\0"), (116, b"0000000\0"), (124, b"%011o\0" % size),
                          (136, b"%011o\0" % 0), (148, b" " * 8), (156, b"0"), (257, b"ustar\x0000")):  # fmt: skip
         head[begin : begin + len(value)] = value
-    head[148:156] = b"%06o\0 " % _sum(bytes(head))
-    return [bytes(head), data, b"\0" * (-len(data) % _BLOCK)]
-
-
-def _sum(head: bytes) -> int:
-    """The checksum of a header: the sum of its bytes with blanks where the checksum stands."""
-    return sum(head) - sum(head[148:156]) + 8 * ord(" ")
+    head[148:156] = b"%06o\0 " % sum(head)  # summed with blanks where the sum will stand
+    return bytes(head)
 
 
 def _text(field: bytes) -> str:
