@@ -89,3 +89,39 @@ def test_what_has_no_table_or_cannot_be_mixed_is_refused() -> None:
     host.add("n", build("prefix", length=FRONT.shape[1], reparameterise=None))
     with pytest.raises(CompositionError, match="relative positions"), host.using("0.5*m + 0.5*n") as model:
         model(input_ids=TEXT, decoder_input_ids=SOURCE)
+
+
+def test_positions_that_move_the_text() -> None:
+    """As AdapterHub numbers them: rows, padding on the right and single steps agree with the whole; beside others it is refused."""
+    from intarsia.methods import Method, Patch
+    from intarsia.patches import Attend, Concat
+
+    def moving(length: int) -> Method:
+        return Method("moving", (Patch("prefix", "attn.mem", Attend(length, None, shifts=True), Concat(), port="mem"),))
+
+    model, _ = zoo.make("t5")
+    host = Host(model).add("m", moving(3)).add("n", moving(2)).add("plain", build("prefix", length=3, reparameterise=None))
+    for seed, name in enumerate("mn"):
+        disturb(host, name, seed, 0.5)
+    given = {"input_ids": TEXT, "attention_mask": MASK, "decoder_input_ids": SOURCE}
+    with torch.no_grad():
+        alone = []
+        for name in ("m", "n"):
+            with host.using(name):
+                alone.append(model(**given).logits)
+        with host.using(["m", "n"]):
+            rows = model(**given).logits
+        for row in (0, 1):
+            torch.testing.assert_close(rows[row], alone[row][row], atol=1e-5, rtol=1e-4)
+        with host.using("m"):
+            past, encoded, steps = None, None, []
+            for i in range(3):
+                source = {"input_ids": TEXT} if encoded is None else {"encoder_outputs": encoded}
+                out = model(**source, attention_mask=MASK, decoder_input_ids=SOURCE[:, i : i + 1], past_key_values=past, use_cache=True)
+                past, encoded = out.past_key_values, (out.encoder_last_hidden_state,)
+                steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), alone[0], atol=1e-5, rtol=1e-4)
+        with pytest.raises(CompositionError, match="moves the text"), host.using("m >> plain"):
+            model(**given)
+    with pytest.raises(SpecError, match="not both"):
+        Attend(3, None, relative=True, shifts=True)

@@ -78,7 +78,7 @@ class Attachment:
         """Put a module's deltas into sockets; nothing here can be refused any more except by the model's attention."""
         sites = [site for site, _ in entry.built.deltas]
         for site, deltas in entry.built.deltas:
-            measured = site.port == "mem" and any(getattr(getattr(part, "spec", None), "relative", False) for d in deltas for part in d.modules())
+            measured = site.port == "mem" and any(getattr(getattr(part, "spec", None), what, False) for what in ("relative", "shifts") for d in deltas for part in d.modules())
             if measured and ".xattn." not in site.name and not isinstance(self._relative(site), nn.Embedding):
                 raise SpecError(f"{site.name} has no table of relative positions as T5's; use the prefix without relative=True")
         head = self.record.sites.get("head")

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intarsia.compose import BLOCKS
-from intarsia.errors import SiteError
+from intarsia.errors import CompositionError, SiteError
 from intarsia.host.call import Call, Child, State, thread
 from intarsia.host.seen import View
 from intarsia.host.socket import Slot, SlotAt, Tap
@@ -100,12 +100,32 @@ class MemorySocket(Child):
         if given.mask is not None:
             query = query - given.mask.long().argmax(1, keepdim=True)  # padding in front of a text is no distance
         distance = torch.arange(-count, 0, device=like.device) - query[..., None]
+        found = self.looked_up(module, distance, like)
+        return torch.where(front.relative[:, None, None, :], found, found.new_zeros(()))
+
+    def looked_up(self, module: Any, distance: Tensor, like: Tensor) -> Tensor:
+        """The bias of distances [B, Q, K] from query to key, [B, H, Q, K]."""
+        assert self.table is not None
         buckets = module._relative_position_bucket(
             distance, bidirectional=not module.is_decoder, num_buckets=module.relative_attention_num_buckets,
             max_distance=module.relative_attention_max_distance,
         )  # fmt: skip
-        found = self.table(buckets).permute(0, 3, 1, 2).to(like.dtype)
-        return torch.where(front.relative[:, None, None, :], found, found.new_zeros(()))
+        return self.table(buckets).permute(0, 3, 1, 2).to(like.dtype)
+
+    def shifted(self, module: Any, front: Front, bias: Tensor) -> Tensor:
+        """The position bias of text and positions in front that shift it, [B, H, Q, P + K], from that of the text alone."""
+        given = self.state.noted().get(self.slot.site.stack)
+        if given is None or self.table is None:
+            return torch.cat([bias_in_front(bias, front.keys.shape[2]), bias], -1)
+        count, length = front.keys.shape[2], bias.shape[-1]
+        assert front.shift is not None
+        query = torch.arange(bias.shape[-2], device=bias.device)[None, :, None] + given.past
+        key = torch.arange(length, device=bias.device)[None, None]
+        moved = self.looked_up(module, key + front.shift[:, None, None] - query, bias) - self.looked_up(module, key - query, bias)
+        first = torch.arange(-count, 0, device=bias.device)[None, None] + front.shift[:, None, None]
+        ahead = self.looked_up(module, first - query, bias)
+        rows = max(len(ahead), len(bias))
+        return torch.cat([ahead.expand(rows, *ahead.shape[1:]), (bias + moved).expand(rows, *bias.shape[1:])], -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +137,7 @@ class Front:
         valid: which of them are there for a row, [B, P]; None: all for all.
         gate: strength per row, [B], of blocks with a softmax of their own.
         relative: which of them have a relative position, [1 or B, P]; None: none has.
+        shift: by how many positions the text of a row moves, [1 or B]; None: by none.
     """
 
     keys: Tensor
@@ -124,6 +145,7 @@ class Front:
     valid: Tensor | None = None
     gate: Tensor | None = None
     relative: Tensor | None = None
+    shift: Tensor | None = None
 
     @classmethod
     def of(cls, found: Sequence[tuple[MemoryBlock, ...]], rows: Sequence[Tensor | None], like: Tensor) -> Front | None:
@@ -133,7 +155,7 @@ class Front:
             return None
         if rows[0] is None:
             keys, values = joined(found[0], batch, like.dtype)
-            return cls(keys, values, None, strength(found[0], batch, like.dtype), measured(found[0], like.device))
+            return cls(keys, values, None, strength(found[0], batch, like.dtype), measured(found[0], like.device), shift_of(found[0], like.device))
         longest = max(sum(b.length for b in blocks) for blocks in found)
         empty = like.new_zeros(batch, like.shape[1], longest, like.shape[3])
         front = cls(empty, empty, torch.zeros(batch, longest, dtype=torch.bool, device=like.device))
@@ -158,7 +180,11 @@ class Front:
         if some is not None:
             relative = torch.zeros_like(self.valid) if relative is None else relative
             relative = relative.index_copy(0, mine, F.pad(some, (missing, 0)).expand(count, longest))
-        return Front(put[0], put[1], self.valid.index_copy(0, mine, there), gate, relative)
+        shift, some = self.shift, shift_of(blocks, mine.device)
+        if some is not None:
+            shift = torch.zeros(len(self.keys), dtype=some.dtype, device=mine.device) if shift is None else shift
+            shift = shift.index_copy(0, mine, some.expand(count))
+        return Front(put[0], put[1], self.valid.index_copy(0, mine, there), gate, relative, shift)
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
         """gate * softmax(q K^T) V over these positions alone, [B, T, H, d]."""
@@ -187,6 +213,15 @@ def measured(blocks: Sequence[MemoryBlock], device: torch.device) -> Tensor | No
     if not any(b.relative for b in blocks):
         return None
     return torch.tensor([[b.relative for b in blocks for _ in range(b.length)]], device=device)
+
+
+def shift_of(blocks: Sequence[MemoryBlock], device: torch.device) -> Tensor | None:
+    """By how many positions some blocks move the text, [1]; None if none does."""
+    if not any(b.shifts for b in blocks):
+        return None
+    if not all(b.shifts for b in blocks):
+        raise CompositionError("a prefix that moves the text's positions (shifts) cannot stand beside one that does not")
+    return torch.tensor([sum(b.length for b in blocks)], device=device)
 
 
 def strength(blocks: Sequence[MemoryBlock], batch: int, dtype: torch.dtype) -> Tensor | None:
@@ -267,7 +302,9 @@ def attention(base: str) -> Callable[..., Any]:
                 attention_mask = plain_mask(query, key, causal, additive=base == "eager")
             if attention_mask is not None:
                 attention_mask = widen(attention_mask[..., : key.shape[2]], count, valid)
-            if position_bias is not None:
+            if position_bias is not None and front.shift is not None:
+                position_bias = socket.shifted(module, front, position_bias)
+            elif position_bias is not None:
                 columns = socket.bias(module, front, position_bias)
                 rows = max(len(columns), len(position_bias))
                 position_bias = torch.cat([t.expand(rows, *t.shape[1:]) for t in (columns, position_bias)], -1)

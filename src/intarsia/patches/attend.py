@@ -30,6 +30,11 @@ from intarsia.patches.init import INITS, Fill, kaiming, normal, uniform
 from intarsia.patches.place import Place
 
 
+def placed(form: Any) -> tuple[bool, bool]:
+    """Whether a form's positions are relative, and whether they shift those of the text; neither in cross-attention."""
+    return form.reads_call and form.spec.relative, form.reads_call and form.spec.shifts
+
+
 class AttendForm(Form):
     """keys, values: [H_kv, P, d_head]; gate: [1], only with a softmax of its own."""
 
@@ -42,7 +47,7 @@ class AttendForm(Form):
 
     def forward(self, h: Any, seen: Seen) -> tuple[MemoryBlock, ...]:
         keys, values = (dropped(t, self.spec.dropout, self.training) for t in (self.keys, self.values))
-        return (MemoryBlock(keys, values, self.gate, self.reads_call),)
+        return (MemoryBlock(keys, values, self.gate, *placed(self)),)
 
     def start_from(self, keys: Tensor, values: Tensor) -> None:
         """Take over keys and values [H_kv, P, d_head]."""
@@ -90,7 +95,7 @@ class GeneratedAttendForm(Form):
         """[P, 2 * H * d_head] cut into keys and values per head."""
         flat = dropped(F.linear(self.trunk(), self.weight, self.bias), self.spec.dropout, self.training)
         keys, values = flat.view(self.spec.length, 2, *self.heads).permute(1, 2, 0, 3)
-        return MemoryBlock(keys, values, self.gate, self.reads_call)
+        return MemoryBlock(keys, values, self.gate, *placed(self))
 
     def forward(self, h: Any, seen: Seen) -> tuple[MemoryBlock, ...]:
         return (self.block(),)
@@ -134,7 +139,7 @@ class FactorAttendForm(Form):
 
     def forward(self, h: Any, seen: Seen) -> tuple[MemoryBlock, ...]:
         keys, values = (self.by_head(factor.given(seen).materialise()) for factor in (self.keys, self.values))
-        return (MemoryBlock(keys, values, self.gate, self.reads_call),)
+        return (MemoryBlock(keys, values, self.gate, *placed(self)),)
 
     def export_for(self, context: Mapping[str, Any]) -> tuple[Attend, dict[str, Tensor]] | None:
         keys, values = self.keys.fixed(context), self.values.fixed(context)
@@ -163,6 +168,8 @@ class Attend:
         relative: in self-attention with a relative position bias (T5), give the positions the bias of standing right in front
             of the text, as T-Few's code does; otherwise theirs is 0, as in BART, which has no such bias.  Cross-attention has
             none in T5, and the positions have none there.
+        shifts: there, number the positions as the first of the text and its keys behind them, as AdapterHub does by leaving the
+            queries where they were; for its modules.
     """
 
     length: int = 30
@@ -173,11 +180,14 @@ class Attend:
     ids: tuple[int, ...] = ()
     factor: FactorSpec | None = None
     relative: bool = False
+    shifts: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise SpecError(f"prefix length must be at least 1, found {self.length}")
-        if self.relative and self.mix != "shared":
+        if self.relative and self.shifts:
+            raise SpecError("a prefix stands in front of the text (relative) or at its beginning (shifts), not both")
+        if (self.relative or self.shifts) and self.mix != "shared":
             raise SpecError("relative positions are for a prefix that shares the attention's softmax (mix='shared')")
         if (self.init == "activations") != bool(self.ids):
             raise SpecError("init='activations' starts from a text and needs its token ids: ids=(...); other starts take none")
@@ -191,7 +201,7 @@ class Attend:
 
     def build(self, place: Place) -> Form:
         form = self._build(place)
-        if self.relative and not place.site.name.endswith("xattn.mem"):
+        if (self.relative or self.shifts) and not place.site.name.endswith("xattn.mem"):
             form.reads_call = True  # where the text begins and what was read before it; these forms are the relative ones
         return form
 

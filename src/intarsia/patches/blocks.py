@@ -21,29 +21,33 @@ class MemoryBlock:
         gate: [1], strength of a block that has a softmax of its own (Zhang et al. 2023, arXiv 2303.16199); None for one
             that shares the attention's.
         relative: the positions have the relative bias of standing right in front of the text (T5), else none.
+        shifts: the positions are numbered as the first of the text, whose keys move up behind them while its queries stay (T5).
     """
 
     keys: Tensor
     values: Tensor
     gate: Tensor | None = None
     relative: bool = False
+    shifts: bool = False
 
     @property
     def length(self) -> int:
         return self.keys.shape[-2]
 
     def scaled(self, weight: float) -> MemoryBlock:
-        return MemoryBlock(self.keys * weight, self.values * weight, None if self.gate is None else self.gate * weight, self.relative)
+        gate = None if self.gate is None else self.gate * weight
+        return MemoryBlock(self.keys * weight, self.values * weight, gate, self.relative, self.shifts)
 
     def __add__(self, other: MemoryBlock) -> MemoryBlock:
         if (self.gate is None) != (other.gate is None):
             raise CompositionError(
                 "a prefix with its own softmax and one that shares the attention's cannot be mixed; put one after the other: a >> b"
             )
-        if self.relative != other.relative:
-            raise CompositionError("a prefix with relative positions and one without cannot be mixed; put one after the other: a >> b")
+        if (self.relative, self.shifts) != (other.relative, other.shifts):
+            what = "relative positions" if self.relative != other.relative else "positions that move the text's"
+            raise CompositionError(f"a prefix with {what} and one without cannot be mixed; put one after the other: a >> b")
         gate = None if self.gate is None or other.gate is None else self.gate + other.gate
-        return MemoryBlock(self.keys + other.keys, self.values + other.values, gate, self.relative)
+        return MemoryBlock(self.keys + other.keys, self.values + other.values, gate, self.relative, self.shifts)
 
 
 @dataclass(frozen=True, slots=True)

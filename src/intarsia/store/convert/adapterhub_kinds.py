@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import ModuleError, listing, nearest
-from intarsia.patches import Add, Attend, Concat, Coupling, Kron, SubspaceEdit
+from intarsia.patches import Add, Attend, Concat, Coupling, Gated, Kron, SubspaceEdit
 from intarsia.sites.address import Site, SiteMap
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece
@@ -59,6 +59,13 @@ class Reading:
         self.carried += 1
         return self.tensors.pop(key)
 
+    def find(self, path: str) -> str:
+        """The key of a tensor by its path in the model, whichever of the two has a leading word more."""
+        for key in self.tensors:
+            if key == path or key.endswith(f".{path}") or path.endswith(f".{key}"):
+                return key
+        raise ModuleError(f"{path} is missing")
+
     def groups(self, marker: str) -> dict[str, set[str]]:
         """Keys with `.<marker>.<name>.` in them: what stands before it, and the leaves behind it."""
         cut = f".{marker}.{self.name}."
@@ -72,8 +79,8 @@ class Reading:
 
 def prefixes(reading: Reading, config: Mapping[str, Any]) -> None:
     """All prefixes of a file, plain or behind a network."""
-    if config["use_gating"]:
-        raise ModuleError("a gated prefix is not read")
+    if config["use_gating"] and not config["shared_gating"]:
+        raise ModuleError("a prefix with two gates, one for keys and one for values, is not read")
     length = int(config["prefix_length"])
     copies = [key for key in reading.tensors if ".prefix_tuning.pool." in key]
     originals = {key.partition("prefix_tuning.")[2]: key for key in reading.tensors if key not in copies}
@@ -90,22 +97,32 @@ def prefixes(reading: Reading, config: Mapping[str, Any]) -> None:
         memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and _like(site.name, pattern)]
         if not memories:
             raise ModuleError(f"{mark}*: {reading.sites.model} has no attention for it")
-        if memories[0].stack and f"{memories[0].stack}.embed.position" not in reading.sites:
-            raise ModuleError(
-                f"{mark}*: {reading.sites.model} has relative positions, which adapters counts from the start of the prefix and a module here from "
-                "the first token: the outputs would differ"
-            )
+        # where positions are relative (T5), adapters numbers keys from the start of the prefix and queries from that of the text
+        shifts = bool(memories[0].stack) and which != "cross_prefix" and f"{memories[0].stack}.embed.position" not in reading.sites
         tensors = {leaf: reading.take(key) for leaf, key in keys.items()}
         if set(tensors) == {"control_trans"}:
-            _flat(reading, tensors["control_trans"], memories, length, float(config["dropout"]), mark)
+            _flat(reading, tensors["control_trans"], memories, Attend(length, None, float(config["dropout"]), shifts=shifts), mark, config)
         elif set(tensors) == set(_NETWORK):
-            _network(reading, tensors, memories, length, config, mark)
+            _network(reading, tensors, memories, Attend(length, len(tensors["control_trans.0.weight"]), float(config["dropout"]), shifts=shifts), mark, config)
         else:
             raise ModuleError(f"{mark}*: expected control_trans or {listing(_NETWORK, 5)}, found {listing(sorted(tensors), 5)}")
 
 
-def _flat(reading: Reading, flat: Tensor, memories: Sequence[Site], length: int, dropout: float, mark: str) -> None:
+def _prefix(reading: Reading, site: Site, form: Attend, found: dict[str, Tensor], config: Mapping[str, Any]) -> None:
+    """One layer's prefix, under its gate if there is one."""
+    if not config["use_gating"]:
+        reading.pieces.append(Piece(site.name, "prefix", form, Concat(), "mem", found))
+        return
+    lead = f"{site.path}.prefix_tuning.prefix_gates.{reading.name}."
+    gate = {"gate": reading.take(reading.find(f"{lead}weight"))[0], "gate_bias": reading.take(reading.find(f"{lead}bias"))}
+    inner = {f"inner.{leaf}": tensor for leaf, tensor in found.items()}
+    reading.pieces.append(Piece(site.name, "prefix", Gated(form, "reads", masked=False), Concat(), "mem", {**inner, **gate}))
+    reading.notes["gates are means over all tokens that a layer is given, padding included, as adapters takes them"] = None
+
+
+def _flat(reading: Reading, flat: Tensor, memories: Sequence[Site], form: Attend, mark: str, config: Mapping[str, Any]) -> None:
     """[P * 2 * layers * heads * size]: positions first, then key and value of layer 0, of layer 1 ..."""
+    length = form.length
     heads, size = memories[0].heads  # type: ignore[misc]
     wanted = length * 2 * len(memories) * heads * size
     if flat.numel() != wanted:
@@ -113,27 +130,26 @@ def _flat(reading: Reading, flat: Tensor, memories: Sequence[Site], length: int,
     blocks = flat.view(length, 2 * len(memories), heads, size).permute(1, 2, 0, 3)
     for index, site in enumerate(memories):
         found = {"keys": blocks[2 * index].clone(), "values": blocks[2 * index + 1].clone()}
-        reading.pieces.append(Piece(site.name, "prefix", Attend(length, None, dropout), Concat(), "mem", found))
+        _prefix(reading, site, form, found, config)
 
 
 def _network(
-    reading: Reading, tensors: Mapping[str, Tensor], memories: Sequence[Site], length: int, config: Mapping[str, Any], mark: str
+    reading: Reading, tensors: Mapping[str, Tensor], memories: Sequence[Site], form: Attend, mark: str, config: Mapping[str, Any]
 ) -> None:
     """The rows of the last map belong to the layers in order: 2 * heads * size each."""
     if config["non_linearity"] != "tanh":
         raise ModuleError(f"{mark}*: a prefix behind {config['non_linearity']!r}; only tanh is read")
     embedding, inner, inner_bias, last, last_bias = (tensors[name] for name in _NETWORK)
-    heads, size = memories[0].heads  # type: ignore[misc]
+    length, (heads, size) = form.length, memories[0].heads  # type: ignore[misc]
     each, mid = 2 * heads * size, inner.shape[0]
     if len(embedding) != length or tuple(last.shape) != (each * len(memories), mid):
         raise ModuleError(f"{mark}*: {tuple(embedding.shape)} and {tuple(last.shape)} are not {length} positions of {len(memories)} layers")
-    form = Attend(length, mid, float(config["dropout"]))
     words = memories[0].name.split(".")
     lead = "tied/" + ".".join(word for word in ("prefix", memories[0].stack, words[-2]) if word)
     reading.tied |= {f"{lead}.embedding": embedding, f"{lead}.weight": inner, f"{lead}.bias": inner_bias}
     for index, site in enumerate(memories):
         rows = slice(index * each, (index + 1) * each)
-        reading.pieces.append(Piece(site.name, "prefix", form, Concat(), "mem", {"weight": last[rows].clone(), "bias": last_bias[rows].clone()}))
+        _prefix(reading, site, form, {"weight": last[rows].clone(), "bias": last_bias[rows].clone()}, config)
 
 
 def _like(name: str, pattern: str) -> bool:
