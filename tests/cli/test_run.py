@@ -53,17 +53,33 @@ def modules(room: Path) -> dict[str, Path]:
 
 def test_train_says_what_it_did(cli: Here, room: Path) -> None:
     words = train_words(room, "said", "--method", "lora", "--set", "rank=2", "--lang", "swh", "--role", "domain=toys", "--card", "licence=CC0-1.0",
-                        "--card", "title=007", "--name", "topic", *STEPS)  # fmt: skip
+                        "--card", "data.licence=cc0-1.0", "--card", "title=007", "--name", "topic", *STEPS)  # fmt: skip
     told = cli(*words, "--json").ok().json
     module = load(told["file"])
     assert (module.digest, module.name, told["steps"]) == (told["digest"], "topic", 12)
     assert dict(module.roles) == {"language": "swh", "domain": "toys"}
     assert (module.card.languages, module.card.licence) == (("swh",), "CC0-1.0")
-    assert "licence" not in told["card_missing"] and "contact" in told["card_missing"]
+    assert (module.card.title, module.card.script, [d.licence for d in module.card.data]) == ("007", "Latn", ["CC0-1.0", "CC0-1.0"])
+    stated = {"contact", "intended_use", "out_of_scope", *(f"data {d.name!r}: origin" for d in module.card.data)}
+    assert set(told["card_missing"]) == stated, "all that training can know is written"
     assert set(told["dev"]) == {"accuracy", "macro_f1", "mcc"} and told["dev"]["accuracy"]["n"] == 30
     assert module.method.settings["rank"] == 2
     again = cli(*words[:-4])
     assert "holds a run already" in again.error(1)
+
+
+def test_an_evaluation_completes_the_card(cli: Here, room: Path, modules: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(modules["lora"].read_bytes())
+    told = cli("eval", "--base", str(room / "base"), "-m", str(file), f"test:swh={room / 'test.csv'}", "--out", str(tmp_path / "eval.json"), "--json").ok().json
+    cli("card", "set", str(file), "--eval", str(tmp_path / "eval.json"), "contact=a@b.org", "intended_use=Toys.", "out_of_scope=People.", "licence=MIT", "languages=swh",
+        "data.origin=made", "data.licence=MIT").ok()  # fmt: skip
+    assert "complete" in cli("card", "check", str(file)).ok().out
+    found = {(m.name, m.split, m.language): m for m in load(file).card.metrics}
+    want = told["data"]["test:swh"]["metrics"]["accuracy"]
+    assert (found["accuracy", "test", "swh"].value, found["accuracy", "test", "swh"].low, found["accuracy", "test", "swh"].seeds) == (want["value"], want["low"], (0,))
+    other = cli("card", "set", str(modules["pfeiffer"]), "--eval", str(tmp_path / "eval.json"))
+    assert "not an evaluation of this module" in other.error(4)
 
 
 def test_flags_and_file_give_the_same_module(cli: Here, room: Path, modules: dict[str, Path]) -> None:

@@ -9,12 +9,14 @@ import torch
 
 from intarsia.compose import Expr, names
 from intarsia.data import Table
+from intarsia.errors import SpecError
 from intarsia.host import Host
 from intarsia.modules import Card, Cost, DataSource, Metric, Module
 from intarsia.train.rates import rates
 from intarsia.train.recipe import Recipe
 from intarsia.train.record import device_name
 from intarsia.train.run import Run
+from intarsia.train.script import script_of
 from intarsia.train.task import Task
 
 CONTEXT = "task"
@@ -62,14 +64,19 @@ def _card(
     resolved = rates(run.host.method(run.name), recipe)
     used.update(learning_rate=resolved[""].learning_rate, head_learning_rate=resolved["head"].learning_rate, weight_decay=resolved[""].decay,
                 steps=run.done, best_step=run.best_step, expression=str(expression))  # fmt: skip
+    languages = module.card.languages or _languages(module.roles.get("language", ""))
+    spoken = languages[0] if len(languages) == 1 else ""
     metrics = tuple(
-        Metric(metric, "dev", "", found["value"], found["low"], found["high"], found["n"], (recipe.seed,))
+        Metric(metric, "dev", spoken, found["value"], found["low"], found["high"], found["n"], (recipe.seed,))
         for metric, found in run.metrics.items()
         if found["value"] is not None
     )
     old = module.card
     return replace(
         old,
+        title=old.title or f"{module.name} ({task.name})" + f" for {run.host.base_name}" * bool(run.host.base_name),
+        languages=languages,
+        script=old.script or script_of(train_table, task.settings()),
         task=old.task or task.name,
         data=(*old.data, *(_source(table) for table in tables)),
         base=old.base or run.host.base_name,
@@ -79,6 +86,15 @@ def _card(
         cost=Cost(round(run.seconds, 3), device_name(device), run.trainable, module.nbytes),
         warnings=tuple(dict.fromkeys((*old.warnings, *run.warnings))),
     )
+
+
+def _languages(role: str) -> tuple[str, ...]:
+    """The language of a module's role, several joined by `+`, as far as they are tags."""
+    tags = tuple(tag for tag in role.split("+") if tag)
+    try:
+        return Card(languages=tags).languages
+    except SpecError:  # a role is free text
+        return ()
 
 
 def _source(table: Table) -> DataSource:
