@@ -20,7 +20,7 @@ from intarsia.host.given import Rung, Watch
 from intarsia.host.mirror import Mirror, check_invertible, invertible
 from intarsia.host.output import Root
 from intarsia.host.record import Entry, Record
-from intarsia.host.sequence import DecoderMask, SequenceSocket
+from intarsia.host.sequence import DecoderMask, Late, SequenceSocket
 from intarsia.host.socket import Slot, Socket, Tap, key_of
 from intarsia.host.weights import WeightSocket, slot_key
 from intarsia.patches.delta import reads_call
@@ -86,6 +86,8 @@ class Attachment:
         stems = [site for site, deltas in entry.built.deltas if any(invertible(delta) for delta in deltas)]
         for delta in (delta for _, deltas in entry.built.deltas for delta in deltas if invertible(delta)):
             check_invertible(delta, width)
+        for site in (s for s, deltas in entry.built.deltas if s.port == "seq" and any(getattr(getattr(d.form, "spec", None), "behind", False) for d in deltas)):
+            self._check_late(site)
         if any(site.port == "mem" for site in sites):
             self._route_attention()
         self.record.entries[name] = entry
@@ -232,6 +234,10 @@ class Attachment:
             if module is self.model:  # a model without a task head: heads must see the mask that the caller gave
                 hooks: Any = module._forward_pre_hooks
                 hooks.move_to_end(next(k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self.root), last=False)
+            norm = self.record.sites.get("embed.norm")
+            if norm is not None and not two_stacks:
+                late = self.child(self.model.get_submodule(norm.path), "late", Late(self.state, socket))
+                self.record.hooks.append(self.model.get_submodule(norm.path).register_forward_hook(late.after))
             # before any hook that reads the stack's output
             self.record.hooks.append(module.register_forward_hook(socket.after, prepend=True))
             if two_stacks:
@@ -239,6 +245,11 @@ class Attachment:
                 mask = self.child(decoder, "mask", DecoderMask(self.state, socket.names))
                 self.record.hooks.append(decoder.register_forward_pre_hook(mask.before, with_kwargs=True))
         return socket.slot
+
+    def _check_late(self, site: Site) -> None:
+        norm = self.record.sites.get("embed.norm")
+        if norm is None or norm.features != site.features or self.model.config.is_encoder_decoder:
+            raise SpecError(f"{site.name}: a prompt behind the norm of the embeddings needs an encoder that normalises them, which {type(self.model).__name__} is not")
 
     def _route_attention(self) -> None:
         """Let this model's attention run through ours."""

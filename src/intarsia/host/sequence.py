@@ -2,7 +2,8 @@
 
 Hooks on the stack itself (the base model, or the encoder of a model with two stacks), not on the model with its head:
 
-* before: embed the ids, put the prompt in, extend the mask, token types and positions;
+* before: embed the ids, put the prompt in, extend the mask, token types and positions
+  (a prompt that enters `behind` the embeddings' norm leaves ids, types and positions alone: `Late` puts it in there);
 * after: cut the prompt's positions out of the hidden states, so that heads, labels and `logits_to_keep` never notice
   (an encoder keeps them: the decoder attends to them, with its mask extended by `DecoderMask`).
 
@@ -48,13 +49,15 @@ class SequenceSocket(Child):
         self.__dict__["keep"] = keep
         self.__dict__["running"] = {}
         self.__dict__["counts"] = {}
+        self.__dict__["late"] = {}
 
     keep: bool
+    late: dict[int, tuple[Tensor, str]]
     running: dict[int, tuple[int, int, str]]
     counts: dict[int, int]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": {}, "counts": {}}
+        return {**self.__dict__, "running": {}, "counts": {}, "late": {}}
 
     @property
     def names(self) -> set[str]:
@@ -63,8 +66,8 @@ class SequenceSocket(Child):
     def active(self, call: Call) -> bool:
         return not self.names.isdisjoint(call.names)
 
-    def prompt(self, batch: int) -> tuple[Tensor, str] | None:
-        """Embeddings [B, P, d] of this call and where they go."""
+    def prompt(self, batch: int) -> tuple[Tensor, str, bool] | None:
+        """Embeddings [B, P, d] of this call, where they go, and whether behind the norm."""
         call = self.state.current()
         if call is None or not self.active(call):
             return None
@@ -73,13 +76,13 @@ class SequenceSocket(Child):
         found: list[tuple[TokenBlock, ...]] = [e.run((), at) for e in call.exprs]
         if not any(found):
             return None
-        places = {b.where for blocks in found for b in blocks}
+        places = {(b.where, b.behind) for blocks in found for b in blocks}
         if len(places) > 1:
-            raise CompositionError(f"prompts of one call must stand in one place, found {sorted(places)}")
+            raise CompositionError(f"prompts of one call must stand in one place, found {sorted(w + ' behind the norm' * late for w, late in places)}")
         tensors = [torch.cat([b.embeddings for b in blocks], 0) if blocks else None for blocks in found]
         if call.rows is None:
             assert tensors[0] is not None
-            return tensors[0].expand(batch, *tensors[0].shape), places.pop()
+            return tensors[0].expand(batch, *tensors[0].shape), *places.pop()
         lengths = [0 if t is None else len(t) for t in tensors]
         if len(set(lengths)) > 1:
             raise CompositionError(
@@ -87,12 +90,13 @@ class SequenceSocket(Child):
                 "run of each row alone. Split the batch by expression, or train prompts of one length"
             )
         index = call.index(batch, tensors[0].device)  # type: ignore[union-attr]
-        return torch.stack([t for t in tensors if t is not None])[index], places.pop()
+        return torch.stack([t for t in tensors if t is not None])[index], *places.pop()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook with keywords."""
         self.running.pop(thread(), None)
         self.counts.pop(thread(), None)
+        self.late.pop(thread(), None)
         call = self.state.current()
         if call is None or not self.active(call):
             return None
@@ -105,7 +109,7 @@ class SequenceSocket(Child):
         found = self.prompt(batch)
         if found is None:
             return (), kwargs
-        prompt, where = found
+        prompt, where, behind = found
         count = self.counts[thread()] = prompt.shape[1]
         past = next((kwargs[k] for k in CACHE_NAMES if kwargs.get(k) is not None), None)
         first = past is None or past.get_seq_length() == 0
@@ -116,6 +120,11 @@ class SequenceSocket(Child):
             raise CompositionError(
                 f"a prompt needs the attention mask as [batch, length], found {mask.dim()} dimensions; pass a 2-D mask"
             )
+        if behind:
+            if first:
+                self.late[thread()] = prompt, where
+                self.running[thread()] = (count, length + count, where)
+            return (), kwargs
         self._positions(kwargs, batch, count, where, first)
         if first:
             kwargs["inputs_embeds"] = insert(
@@ -170,6 +179,25 @@ class SequenceSocket(Child):
             if output.get(field) is not None:
                 output[field] = shorten(output[field])
         return output
+
+
+class Late(Child):
+    """Puts a prompt in behind the norm of the embeddings.
+
+    Args:
+        socket: what knows the prompt; it belongs to the stack.
+    """
+
+    def __init__(self, state: State, socket: SequenceSocket) -> None:
+        super().__init__(state)
+        self.__dict__["socket"] = socket
+
+    socket: SequenceSocket
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook of the norm."""
+        found = self.socket.late.pop(thread(), None)
+        return None if found is None else insert(found[0].to(output.dtype), output, found[1])
 
 
 class DecoderMask(Child):

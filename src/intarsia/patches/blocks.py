@@ -52,20 +52,25 @@ class MemoryBlock:
 
 @dataclass(frozen=True, slots=True)
 class TokenBlock:
-    """embeddings: [P, d_embed]; `where` is `start` or `after_first` (behind the classification token)."""
+    """embeddings: [P, d_embed]; `where` is `start` or `after_first` (behind the classification token).
+
+    Attributes:
+        behind: they enter behind the embeddings' norm and have no position.
+    """
 
     embeddings: Tensor
     where: str = "start"
+    behind: bool = False
 
     @property
     def length(self) -> int:
         return self.embeddings.shape[-2]
 
     def scaled(self, weight: float) -> TokenBlock:
-        return TokenBlock(self.embeddings * weight, self.where)
+        return TokenBlock(self.embeddings * weight, self.where, self.behind)
 
     def __add__(self, other: TokenBlock) -> TokenBlock:
-        return TokenBlock(self.embeddings + other.embeddings, self.where)
+        return TokenBlock(self.embeddings + other.embeddings, self.where, self.behind)
 
 
 Blocks = tuple[MemoryBlock, ...] | tuple[TokenBlock, ...]

@@ -25,13 +25,14 @@ from intarsia.patches.prompt_encoder import PromptEncoder, prompt_encoder
 class TokensForm(Form):
     """embeddings: [P, d_embed]."""
 
-    def __init__(self, embeddings: nn.Parameter, where: str) -> None:
+    def __init__(self, embeddings: nn.Parameter, where: str, spec: Tokens) -> None:
         super().__init__()
         self.embeddings = embeddings
         self.where = where
+        self.spec = spec
 
     def forward(self, h: Any, seen: Seen) -> tuple[TokenBlock, ...]:
-        return (TokenBlock(self.embeddings, self.where),)
+        return (TokenBlock(self.embeddings, self.where, self.spec.behind),)
 
 
 class EncodedTokensForm(Form):
@@ -45,7 +46,7 @@ class EncodedTokensForm(Form):
         self.spec = spec
 
     def forward(self, h: Any, seen: Seen) -> tuple[TokenBlock, ...]:
-        return (TokenBlock(self.encoder(self.embeddings), self.where),)
+        return (TokenBlock(self.encoder(self.embeddings), self.where, self.spec.behind),)
 
     def export(self) -> tuple[Tokens, dict[str, Tensor]]:
         with torch.no_grad():
@@ -65,6 +66,8 @@ class Tokens:
             if they are fewer; `groups`: the mean of the rows of each group in `groups` (the pieces of a label or word),
             and drawn rows behind them.
         reparameterise: `lstm` for the network of P-tuning.
+        behind: enter behind the norm of the embeddings and without positions, which the text's tokens keep; as AdapterHub's
+            prompts, for encoders that normalise their embeddings.
     """
 
     length: int = 20
@@ -74,6 +77,7 @@ class Tokens:
     ids: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     reparameterise: Literal["lstm"] | None = None
+    behind: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -120,5 +124,5 @@ class Tokens:
             where = "after_first" if place.bidirectional else "start"
         start = self._start(place)
         if self.reparameterise is None:
-            return TokensForm(start, where)
+            return TokensForm(start, where, self)
         return EncodedTokensForm(start, prompt_encoder(place, place.site.features), where, self)

@@ -32,7 +32,7 @@ from intarsia.patches import Add, Bottleneck, Dense, FactorSpec, FormSpec, Gated
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.adapterhub_heads import HEAD_CONFIG, read_head
-from intarsia.store.convert.adapterhub_kinds import Reading, activation, hypercomplex, invertible, prefixes, refts
+from intarsia.store.convert.adapterhub_kinds import Reading, activation, hypercomplex, invertible, prefixes, prompts, refts
 from intarsia.store.convert.adapterhub_lora import loras
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
@@ -65,8 +65,9 @@ _BOTTLENECK = {"adapter_residual_before_ln", "cross_adapter", "inv_adapter", "in
 _LORA = {"alpha", "attn_matrices", "composition_mode", "intermediate_lora", "leave_out", "output_lora", "r", "selfattn_lora", "use_dora", "use_gating",
          "vera_b", "vera_d"}  # fmt: skip
 _PREFIX = {"cross_prefix", "encoder_prefix", "flat", "leave_out", "non_linearity", "prefix_length", "shared_gating", "use_gating"}
+_PROMPT = {"combine", "prompt_init", "prompt_init_text", "prompt_length", "random_uniform_scale"}
 _REFT = {"layers", "non_linearity", "orthogonality", "output_reft", "prefix_positions", "r", "suffix_positions", "tied_weights"}
-FIELDS: Mapping[str, set[str]] = {"bottleneck": _BOTTLENECK, "lora": _LORA, "prefix_tuning": _PREFIX, "reft": _REFT}
+FIELDS: Mapping[str, set[str]] = {"bottleneck": _BOTTLENECK, "lora": _LORA, "prefix_tuning": _PREFIX, "prompt_tuning": _PROMPT, "reft": _REFT}
 TOP = {"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
 
 
@@ -122,7 +123,7 @@ def _read(
         raise ModuleError(f"{source}: a union of {listing(kinds)}; two of one kind cannot be told apart by their keys")
     for kind, part in zip(kinds, parts):
         _check(kind, part, source)
-        {"bottleneck": _bottlenecks, "lora": loras, "prefix_tuning": prefixes, "reft": refts}[kind](reading, part)
+        {"bottleneck": _bottlenecks, "lora": loras, "prefix_tuning": prefixes, "prompt_tuning": prompts, "reft": refts}[kind](reading, part)
     if reading.tensors:
         raise ModuleError(f"{folder}: {len(reading.tensors)} tensors that its configuration does not explain: {listing(sorted(reading.tensors), 4)}")
     if not reading.pieces:
@@ -138,8 +139,6 @@ def _read(
 
 def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
     """Refuse methods and fields that are not understood."""
-    if kind == "prompt_tuning":
-        raise ModuleError(f"{source}: 'prompt_tuning' is not read: adapters puts the prompt behind the embedding norm and without positions, where no prompt here can stand")
     if kind not in FIELDS:
         raise ModuleError(f"{source}: architecture {kind!r} is not read{nearest(kind, FIELDS)}; read are {listing(FIELDS)}")
     known = FIELDS[kind] | _TRAINING | {"architecture"}

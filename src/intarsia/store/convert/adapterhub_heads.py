@@ -65,6 +65,8 @@ def read_head(reading: Reading, folder: Path, allow_pickle: bool, model_type: st
     if kind not in (*_LABELLED, *_VOCABULARY):
         return None, [f"the prediction head beside it ({kind}): a kind that is not known{nearest(str(kind), (*_LABELLED, *_VOCABULARY))}"]
     pooling = "token" if kind == "tagging" else CLASSES.get(model_type, ("", ""))[1]
+    if pooling == "first" and any(piece.port == "seq" and getattr(piece.form, "where", "") == "start" for piece in reading.pieces):
+        return None, [f"the prediction head beside it ({kind}): adapters pools at the first token of the prompt, which is cut away here"]
     if kind in _LABELLED and (not pooling or settings.get("use_pooler")):
         what = "reads the model's pooler" if settings.get("use_pooler") else f"pools a {model_type} in a way that no head here does"
         return None, [f"the prediction head beside it ({kind}): it {what}; train a head here"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import ModuleError, listing, nearest
-from intarsia.patches import Add, Attend, Concat, Coupling, Gated, Kron, SubspaceEdit
+from intarsia.patches import Add, Attend, Concat, Coupling, Gated, Kron, SubspaceEdit, Tokens
 from intarsia.sites.address import Site, SiteMap
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece
@@ -33,6 +33,8 @@ PREFIX_SETS: Mapping[str, tuple[str, ...]] = {"self_prefix": ("#.attn.mem", "dec
 _BLOCKS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
     (r"encoder\.layer\.(\d+)", "{}"), (r"(?:h|layers)\.(\d+)", "{}"), (r"(encoder|decoder)\.(?:block|layers)\.(\d+)", "{}.{}"),
 ))  # fmt: skip
+#: where a prompt stands
+COMBINE: Mapping[str, str] = {"prefix": "start", "prefix_after_bos": "after_first"}
 _NETWORK = ("wte.weight", "control_trans.0.weight", "control_trans.0.bias", "control_trans.2.weight", "control_trans.2.bias")
 _STORED_DIREFT = "the file does not say whether R h is subtracted (DiReFT does not): read as adapters itself reads it, with the subtraction"
 
@@ -185,6 +187,22 @@ def activation(theirs: object) -> str:
     if theirs not in ACTIVATIONS:
         raise ModuleError(f"non_linearity={theirs!r} is not read{nearest(str(theirs), [a for a in ACTIVATIONS if a])}")
     return ACTIVATIONS[theirs]  # type: ignore[index]
+
+
+def prompts(reading: Reading, config: Mapping[str, Any]) -> None:
+    """The prompt of a file, which stands behind the norm of the embeddings and has no positions."""
+    mark = f"prompt_tunings.{reading.name}.prompt_embedding.weight"
+    keys = [key for key in reading.tensors if key.endswith(mark)]
+    if len(keys) != 1 or tuple(reading.tensors[keys[0]].shape[:1]) != (int(config["prompt_length"]),):
+        raise ModuleError(f"{mark}: expected one prompt of {config['prompt_length']} embeddings, found {listing(keys) or 'none'}")
+    if config["combine"] not in COMBINE:
+        raise ModuleError(f"combine={config['combine']!r} is not read; {listing(COMBINE)} are")
+    site = reading.sites.get("seq")
+    if site is None or "embed.norm" not in reading.sites:
+        raise ModuleError(f"adapters puts a prompt behind the norm of the embeddings, and {reading.sites.model} has none")
+    form = Tokens(int(config["prompt_length"]), COMBINE[config["combine"]], init="uniform", behind=True)  # type: ignore[arg-type]
+    reading.pieces.append(Piece(site.name, "prompt", form, Concat(), "seq", {"embeddings": reading.take(keys[0])}))
+    reading.notes["outputs are those of the text's tokens; adapters returns the prompt's in front of them"] = None
 
 
 def hypercomplex(reading: Reading, config: Mapping[str, Any], lead: str, first: str) -> tuple[Kron, dict[str, Tensor]]:
