@@ -67,7 +67,8 @@ def learn(
 
         if len(names) != 1 or (counts and len(counts) != 1):
             raise UsageError(f"--tune: rates are chosen on one task and one number of examples, found --tasks {tasks} --examples {examples}")
-        count = run(trials(wanted, names[0], base, counts[0] if counts else None, steps), data, Results(results), console.note, dev_only=True)
+        jobs = trials(wanted, Results(results), names[0], base, counts[0] if counts else None, steps)
+        count = run(jobs, data, Results(results), console.note, dev_only=True)
         found = write_rates(Results(results).read(), tune)
         console.result({"rates": str(tune), "run": count, "methods": len(found)}, lambda: console.line(f"{count} jobs run; {tune} has rates for {len(found)} methods"))
         return
