@@ -334,7 +334,8 @@ class Store:
                 problems.append(str(error))
                 continue
             digests.add(module.digest)
-            required.update(dict.fromkeys(module.requires, sha256))
+            if sha256 in named or reference is not None:  # one without a name may be on its way
+                required.update(dict.fromkeys(module.requires, sha256))
         if reference is not None and required:
             digests = set(self._by_digest())
         problems += [f"module {by} requires digest {digest}, which is not in the store" for digest, by in required.items() if digest not in digests]
