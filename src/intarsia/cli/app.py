@@ -24,6 +24,7 @@ from intarsia.cli import (
     predict,
     store,
     train,
+    vocab,
 )
 
 EPILOG = "Errors: one line on standard error; exit codes 1 failed, 2 usage, 3 data, 4 model or module, 5 file. Offline unless told otherwise."
@@ -55,5 +56,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, card, store, lang, corpus, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, card, store, corpus, lang, vocab, merge, convert, bases, bench):
     _room.register(app)

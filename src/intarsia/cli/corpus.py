@@ -17,7 +17,7 @@ from intarsia.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from intarsia.languages.corpus.build import Corpus
-    from intarsia.languages.corpus.filters import Filter
+    from intarsia.languages.corpus.filters import Filter, Normalise
     from intarsia.languages.corpus.sources import Source
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A new folder.")]
@@ -29,6 +29,7 @@ Licence = Annotated[list[str] | None, typer.Option("--licence", help="Of all sou
 Form = Annotated[str, typer.Option("--normalise", help="Unicode normalisation: NFC, NFD, NFKC, NFKD or none.")]
 Lower = Annotated[bool, typer.Option("--lower", help="Lower case, for a text in capitals whose task is not.")]
 Strip = Annotated[list[str] | None, typer.Option("--strip-mark", metavar="U+0305", help="A combining mark to take away; may be given several times.")]
+Romanise = Annotated[str | None, typer.Option("--romanise", help="In Latin letters: anyascii, uroman or marks.")]
 ScriptOf = Annotated[str | None, typer.Option("--script", help="Drop lines that are not mostly in this script (Latin, Coptic, Ol Chiki).")]
 LeastWords = Annotated[int, typer.Option("--least-words", help="Words a line has at least.", min=1)]
 Longest = Annotated[int, typer.Option("--most-characters", help="Characters a line has at most.", min=1)]
@@ -51,6 +52,7 @@ def register(app: typer.Typer) -> None:
     room = typer.Typer(help="Text in a language: build a corpus and look at it.", no_args_is_help=True)
     verb(room, "build")(build)
     verb(room, "show")(show)
+    verb(room, "romanise")(romanise_table)
     app.add_typer(room, name="corpus")
 
 
@@ -66,6 +68,7 @@ def build(
     normalise: Form = "NFC",
     lower: Lower = False,
     strip_mark: Strip = None,
+    romanise: Romanise = None,
     script: ScriptOf = None,
     least_words: LeastWords = 1,
     most_characters: Longest = 5_000,
@@ -88,6 +91,7 @@ def build(
     intarsia corpus build --language kab --bible kab.tsv --licence CC0-1.0 --test-texts test.tsv --out corpora/kab
     """
     from intarsia.languages.corpus import build as corpora
+    from intarsia.languages.corpus.filters import Normalise
     from intarsia.languages.corpus.sources import Source, kind_of
     from intarsia.languages.tags import iso639_3
 
@@ -97,7 +101,8 @@ def build(
     groups = {"text": text, "bible": bible, "udhr": udhr, "treebank": treebank}
     sources = sources_of(groups, licence, parallel)
     filters = filters_of(
-        sources, language, normalise, lower, strip_mark, script, least_words, most_characters, lid, lid_own, lid_margin, near_duplicates,
+        sources, language, Normalise(normalise, lower, tuple(strip_mark or ()), romanise or ""), script, least_words, most_characters, lid, lid_own,
+        lid_margin, near_duplicates,
         {"personal data": personal_data, "toxicity": toxicity},
     )  # fmt: skip
     other = None if parallel is None else Source(str(parallel), kind_of(parallel), _licences(licence, [parallel]).get(str(parallel), "unknown"))
@@ -123,6 +128,29 @@ def show(console: Console, folder: Annotated[Path, typer.Argument(help="A corpus
     console.result({"folder": str(folder), **found.manifest}, lambda: _told(console, found, folder))
 
 
+def romanise_table(
+    console: Console,
+    file: Annotated[Path, typer.Argument(help="A table of the task (.tsv, .csv, .jsonl, .conll).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new file of the same format.")],
+    how: Annotated[str, typer.Option("--how", help="anyascii, uroman or marks, as the corpus.")] = "anyascii",
+    column: Annotated[list[str] | None, typer.Option("--column", help="Columns to romanise.", show_default="the texts")] = None,
+) -> None:
+    """Write a task's texts in Latin letters, as the corpus was."""
+    from intarsia.cli.data import TEXTS, guessed
+    from intarsia.data import Table, read, write
+    from intarsia.languages.romanise import romaniser
+
+    if out.exists():
+        raise UsageError(f"--out {out} exists; give a new file name")
+    table, latin = read(file), romaniser(how)
+    chosen = column or guessed(table, TEXTS, "--column").split(",")
+    cells: dict[str, Any] = {name: table.column(name) for name in table.names}
+    for name in chosen:
+        cells[name] = [latin(cell) if isinstance(cell, str) else [latin(token) or token for token in cell] for cell in table.column(name)]
+    write(Table.of(cells), out)
+    console.result({"file": str(out), "rows": len(table), "columns": chosen, "how": how}, lambda: console.line(f"{out}: {len(table):,} rows, {', '.join(chosen)} by {how}"))
+
+
 def _licences(given: Sequence[str] | None, paths: Iterable[Path]) -> dict[str, str]:
     """Licence by path: `FILE=LICENCE`, or one word for all."""
     general = [item for item in given or () if "=" not in item]
@@ -146,16 +174,15 @@ def sources_of(groups: dict[str, list[Path] | None], licence: Sequence[str] | No
 
 
 def filters_of(
-    sources: Sequence[Source], language: str, form: str, lower: bool, strip: Sequence[str] | None, script: str | None, least: int, most: int,
+    sources: Sequence[Source], language: str, clean: Normalise, script: str | None, least: int, most: int,
     lid: Sequence[str] | None, own: Path | None, margin: float, near: float, lists: dict[str, list[Path] | None],
 ) -> tuple[Filter, ...]:  # fmt: skip
     """The filters that the options ask for, in the order in which they run."""
     from intarsia.languages.corpus.duplicates import Duplicates
-    from intarsia.languages.corpus.filters import Length, Normalise, Script, Words
+    from intarsia.languages.corpus.filters import Length, Script, Words
     from intarsia.languages.corpus.identity import Identity, Profile
     from intarsia.languages.corpus.sources import load
 
-    clean = Normalise(form, lower, tuple(strip or ()))
     found: list[Filter] = [clean, Length(least, most)]
     if script is not None:
         found.append(Script(script))

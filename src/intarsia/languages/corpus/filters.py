@@ -25,6 +25,7 @@ from intarsia.data.check import normal_form
 from intarsia.data.source import check_form, normalise
 from intarsia.errors import UsageError
 from intarsia.languages.corpus.sources import Line
+from intarsia.languages.romanise import romaniser
 
 EXAMPLES = 5
 
@@ -92,21 +93,25 @@ class Normalise:
     Attributes:
         form: NFC, NFD, NFKC, NFKD or none.
         lower: lower case as well (for a text in capitals whose task is not).
+        romanise: name of a romanisation, empty for none; applied last.
         strip_marks: code points to take away, e.g. `("U+0305",)`; combining strokes that the task's text does not write.
     """
 
     form: str = "NFC"
     lower: bool = False
     strip_marks: tuple[str, ...] = ()
+    romanise: str = ""
     name = "normalise"
 
     def __post_init__(self) -> None:
         check_form(self.form)
         for point in self.strip_marks:
             _character(point)
+        if self.romanise:
+            romaniser(self.romanise)
 
     def settings(self) -> dict[str, Any]:
-        return {"form": self.form, "lower": self.lower, "strip_marks": list(self.strip_marks)}
+        return {"form": self.form, "lower": self.lower, "strip_marks": list(self.strip_marks), "romanise": self.romanise}
 
     def run(self, lines: Sequence[Line]) -> tuple[list[Line], list[Dropped]]:
         kept, dropped = [], []
@@ -128,6 +133,8 @@ class Normalise:
             away = {_character(point) for point in self.strip_marks}
             bare = "".join(c for c in unicodedata.normalize("NFD", text) if c not in away)
             text = normalise(bare, self.form)
+        if self.romanise:
+            text = romaniser(self.romanise)(text)
         return " ".join(text.split())
 
 
