@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 from intarsia.errors import SiteError, SpecError, listing, nearest
@@ -117,8 +118,24 @@ def _segments_match(pattern: Sequence[str], name: Sequence[str]) -> bool:
         return any(_segments_match(pattern[1:], name[i:]) for i in range(len(name) + 1))
     if not name:
         return False
-    fits = pattern[0] in ("*", name[0]) or (pattern[0] == "#" and name[0].isdecimal())
-    return fits and _segments_match(pattern[1:], name[1:])
+    return _word_fits(pattern[0], name[0]) and _segments_match(pattern[1:], name[1:])
+
+
+def _word_fits(pattern: str, word: str) -> bool:
+    return pattern in ("*", word) or (pattern == "#" and word.isdecimal())
+
+
+@lru_cache(maxsize=1024)
+def _parsed(pattern: str) -> tuple[tuple[str, ...], ...]:
+    """The dotted words of all alternatives of a pattern; a method asks every site of a model with the same few patterns."""
+    return tuple(tuple(p.strip().split(".")) for q in split_top(pattern) for p in expand_braces(q))
+
+
+def _ends_with(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a pattern covers the end of a name."""
+    if "**" in pattern:
+        return _segments_match(["**", *pattern], name)
+    return len(pattern) <= len(name) and all(map(_word_fits, pattern, name[len(name) - len(pattern) :]))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -129,7 +146,7 @@ def matches(pattern: str, name: str) -> bool:
     all blocks), `**` for any number of words, `{a,b}` for alternatives; a comma at top level separates patterns.
     """
     words = name.split(".")
-    return any(_segments_match(["**", *p.strip().split(".")], words) for q in split_top(pattern) for p in expand_braces(q))
+    return any(_ends_with(words, alternative) for alternative in _parsed(pattern))
 
 
 def split_top(pattern: str) -> list[str]:
