@@ -21,11 +21,11 @@ from tests.host.kit import small
 PAGE = Path(__file__).parents[1] / "docs" / "own-method.md"
 
 
-@pytest.mark.parametrize(("name", "start"), [("lora", "base"), ("pfeiffer", "near"), ("prefix", "anywhere"), ("ia3", "base"), ("prompt", "anywhere")])
+@pytest.mark.parametrize(("name", "start"), [("lora", "base"), ("pfeiffer", "near"), ("prefix", "anywhere"), ("ia3", "base"), ("prompt", "anywhere"), ("supermask", "anywhere")])
 def test_the_contract_holds(name: str, start: Any) -> None:
     found = check_method(small(name), start=start)
     assert set(found.taken) == {"bert", "gpt2", "llama", "t5"} and not found.refused
-    assert (found.folds["bert"] is None) == (name in ("lora", "ia3"))
+    assert (found.folds["bert"] is None) == (name in ("lora", "ia3", "supermask"))
 
 
 def test_a_family_without_the_sites_is_reported() -> None:

@@ -26,6 +26,7 @@ def test_trained_and_tied() -> None:
 def test_how_it_combines() -> None:
     assert "equal lengths" in combines(build("prompt")) and "equal lengths" in combines(build("mam"))
     assert combines(build("lora")) == combines(build("ia3")) != combines(build("head"))
+    assert "alone" in combines(build("supermask")) and "alone" in combines(build("lottery"))
 
 
 def test_a_method_that_a_bert_has_no_sites_for() -> None:

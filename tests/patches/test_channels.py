@@ -112,7 +112,7 @@ def test_heads_of_unknown_size_are_refused() -> None:
 
 
 def test_values_change_what_they_should() -> None:
-    model, inputs = zoo.make("llama")
+    model, _ = zoo.make("llama")
     host = Host(model).add("m", build("s2ft", share=0.3))
     kit.disturb(host, "m")
     plain = host.fold("m")

@@ -84,6 +84,8 @@ def combines(method: Method) -> str:
     ports = {patch.port for patch in method.patches if patch.port != "logits"}
     if not ports:
         return "one head answers"
+    if method.masks:
+        return "alone at its weights, >> elsewhere, rows"
     if ports <= {"out", "in", "weight"}:
         return ">> + - *, rows"
     return ">> (one behind the other), sums of equal lengths, rows" if ports <= {"mem", "seq"} else ">> , sums of equal lengths, rows"

@@ -1,5 +1,5 @@
 """What an expression may not do, decided from specifications before any forward: heads that contradict, mixtures of
-prefixes of unequal length.  The same arithmetic (`algebra.py`) is run on stand-ins that know only length and labels."""
+prefixes of unequal length, masks (`masking.py`).  The same arithmetic (`algebra.py`) is run on stand-ins that know only length and labels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from intarsia.compose.algebra import BLOCKS, LOGITS, Algebra
 from intarsia.compose.expr import Expr, Mix, Ref, Seq, names
+from intarsia.compose.masking import check_masks
 from intarsia.errors import CompositionError, listing, nearest
 
 
@@ -55,6 +56,7 @@ class Traits:
         unembeds: it has a language-model head.
         sites: what it changes where; heads are not among them.
         weighs: it is a router.
+        masks: parameters of which it decides what counts.
     """
 
     labels: tuple[str, ...] | None = None
@@ -63,6 +65,7 @@ class Traits:
     unembeds: bool = False
     sites: Mapping[str, Carried] = field(default_factory=dict)
     weighs: Weighs | None = None
+    masks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,9 @@ def check(e: Expr, known: Mapping[str, Traits], head: str | None = None, unembed
     if (unembeds and all(known[n].labels is None for n in names(e))) or any(known[n].unembeds for n in names(e)):
         _check_inverse(e, known)
     _check_routes(e, known)
+    masks = {n: known[n].masks for n in names(e) if known[n].masks}
+    if masks:
+        check_masks(e, masks, {n: frozenset(known[n].sites) for n in names(e)})
     heads = {n: _Labels(n, t.labels) for n, t in known.items() if t.labels is not None and head in (None, n)}
     e.run(None, _Static(LOGITS, heads))
     for site in sorted({s for n in names(e) for s in known[n].blocks}):

@@ -43,9 +43,14 @@ class Entry:
         coupled = any(isinstance(patch.form, Coupling) for patch in self.method.patches)
         head = self.method.head
         labels = self.labels if head is not None else None
-        found = Traits(labels, blocks, coupled, isinstance(head, LanguageModelHead), *self._changes())
+        found = Traits(labels, blocks, coupled, isinstance(head, LanguageModelHead), *self._changes(), masks=self._masked())
         self.known = found
         return found
+
+    def _masked(self) -> frozenset[str]:
+        """The parameters of which it decides what counts."""
+        masks = set(self.method.masks)
+        return frozenset(site.name for site, deltas in self.built.deltas if any(d.name in masks for d in deltas))
 
     def _changes(self) -> tuple[dict[str, Carried], Weighs | None]:
         """What it changes where, and what it weighs if it is a router."""

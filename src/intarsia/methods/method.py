@@ -17,7 +17,20 @@ from torch import Tensor, nn
 from intarsia._codec import register
 from intarsia._registry import Registry
 from intarsia.errors import SpecError, listing, nearest
-from intarsia.patches import Add, Biaffine, FormSpec, Gated, Head, LanguageModelHead, Mul, MultiMaskLabels, OpSpec
+from intarsia.patches import (
+    Add,
+    Biaffine,
+    FormSpec,
+    Gated,
+    Head,
+    KeptMask,
+    LanguageModelHead,
+    Mul,
+    MultiMaskLabels,
+    OpSpec,
+    Ticket,
+    TopMask,
+)
 
 PortName = Literal["out", "in", "weight", "mem", "seq", "logits"]
 HeadSpec = Head | LanguageModelHead | MultiMaskLabels | Biaffine
@@ -212,6 +225,11 @@ class Method:
     def head(self) -> HeadSpec | None:
         """The head among the patches, if any."""
         return next((p.form for p in self.patches if isinstance(p.form, HeadSpec)), None)
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Names of the patches whose value stands for the base's weight: which weights count, not what is added to them."""
+        return tuple(p.name for p in self.patches if isinstance(p.form, Ticket) or isinstance(getattr(p.form, "factor", None), TopMask | KeptMask))
 
     def with_head(self, head: HeadSpec) -> Method:
         """The same method with new outputs; their parameters have the tag `head`."""
