@@ -202,6 +202,13 @@ def written_head(patch: Patch, tensors: dict[str, Tensor], model_type: str, name
     return {HEAD_CONFIG: json_bytes({**document, "version": "adapters.1.3.0"}), HEAD_WEIGHTS: tensor_bytes(stored)}, ""
 
 
+def static_head(values: Mapping[str, Tensor], document: Mapping[str, Any], config: Any) -> dict[str, bytes]:
+    """The files of a head of a model class of transformers."""
+    labels = dict(getattr(config, "label2id", None) or {})
+    raw = {**document, "config": None, "name": None, "num_labels": len(labels), "label2id": labels}
+    return {HEAD_CONFIG: json_bytes(raw), HEAD_WEIGHTS: tensor_bytes(dict(values))}
+
+
 def _labelled(form: Head, tensors: dict[str, Tensor], pooling: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     if form.pooling not in ("token", pooling):
         return {}, {}, f"it pools by {form.pooling!r}, and adapters' classes for this model at the {pooling or 'end-of-text'} token"

@@ -96,7 +96,7 @@ def prefixes(reading: Reading, config: Mapping[str, Any]) -> None:
         keys = {key.partition(mark)[2]: key for key in reading.tensors if mark in key}
         if not keys:
             continue
-        memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and _like(site.name, pattern)]
+        memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and like(site.name, pattern)]
         if not memories:
             raise ModuleError(f"{mark}*: {reading.sites.model} has no attention for it")
         # where positions are relative (T5), adapters numbers keys from the start of the prefix and queries from that of the text
@@ -154,7 +154,7 @@ def _network(
         _prefix(reading, site, form, {"weight": last[rows].clone(), "bias": last_bias[rows].clone()}, config)
 
 
-def _like(name: str, pattern: str) -> bool:
+def like(name: str, pattern: str) -> bool:
     """Whether a whole name has the form of a pattern in which # is a number."""
     words, wanted = name.split("."), pattern.split(".")
     return len(words) == len(wanted) and all(w == p or (p == "#" and w.isdecimal()) for w, p in zip(words, wanted))
@@ -261,7 +261,8 @@ def _projection(reading: Reading, lead: str, orthogonal: bool) -> Tensor:
         return reading.take(f"{lead}.weight")
     state = {name: reading.take(f"{lead}.{name}") for name in ("parametrizations.weight.original", "parametrizations.weight.0.base")}
     rank, width = state["parametrizations.weight.original"].shape
-    made: nn.Module = torch.nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
+    with torch.random.fork_rng(devices=[]):  # the start that the layer draws is thrown away
+        made: nn.Module = torch.nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
     made.load_state_dict(state)
     weight = made.weight
     assert isinstance(weight, Tensor)
