@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intarsia.cli.console import Console
+from intarsia.cli.speed import speed
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError
 
@@ -26,6 +27,7 @@ Tune = Annotated[Path | None, typer.Option("--tune", help="Score on dev data at 
 def register(app: typer.Typer) -> None:
     room = typer.Typer(help="Measure the library on this machine.", no_args_is_help=True)
     verb(room, "learn")(learn)
+    verb(room, "speed")(speed)
     app.add_typer(room, name="bench")
 
 
