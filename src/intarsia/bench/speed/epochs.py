@@ -144,4 +144,4 @@ def _trainer(wrapped: Any, examples: Sequence[Features], task: Any, folder: str,
     def collate(features: Sequence[Features]) -> Batch:
         return {key: value for key, value in task.collate(features).items() if key != "row"}
 
-    Trainer(model=wrapped, args=args, train_dataset=examples, data_collator=collate).train()  # type: ignore[arg-type]
+    Trainer(model=wrapped, args=args, train_dataset=examples, data_collator=collate).train()
