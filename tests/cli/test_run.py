@@ -197,21 +197,38 @@ def test_expressions(cli: Here, room: Path, modules: dict[str, Path]) -> None:
     assert "say which module" in cli("predict", "--line", "a").error(2)
 
 
+def test_modules_of_the_store(cli: Here, room: Path, modules: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store:NAME` runs as the file does, in every verb."""
+    monkeypatch.setenv("INTARSIA_STORE", str(tmp_path / "store"))
+    cli("store", "add", str(modules["lora"]), "--name", "topic", "--tag", "best").ok()
+    base = ("--base", str(room / "base"))
+    words = ("predict", *base, "--line", "cat dog sun")
+    wanted = cli(*words, "-m", f"{modules['lora']}").ok().out
+    for more in (("-m", "store:topic"), ("-m", "a=store:topic@best"), ("--expr", "store:topic@1")):
+        assert cli(*words, *more).ok().out == wanted
+    told = [cli("eval", "-m", where, str(room / "test.csv"), *base, "--json").ok().json["data"]["test"]["metrics"] for where in (f"lora={modules['lora']}", "lora=store:topic")]
+    assert told[0] == told[1]
+    assert cli("explain", "store:topic", *base, "--json").ok().json["refusal"] is None
+
+
 def test_another_base_is_refused(cli: Here, room: Path, modules: dict[str, Path]) -> None:
     words = ["predict", "-m", str(modules["lora"]), "--base", str(room / "other"), "--line", "cat"]
     assert "weights" in cli(*words).error(4)
     cli(*words, "--force-base").ok()
 
 
-def test_a_module_on_top_of_another(cli: Here, room: Path, modules: dict[str, Path]) -> None:
-    """A masked-LM module below a new task module, as language and task modules are."""
+def test_a_module_on_top_of_another(cli: Here, room: Path, modules: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked-LM module below a new task module, as language and task modules are; from the store, pinned to its bytes."""
+    monkeypatch.setenv("INTARSIA_STORE", str(room / "store"))
     (room / "text.txt").write_text("".join(f"{t} the end\n" for t in read(room / "train.csv").texts("text")), "utf-8")
     words = ["train", "--base", str(room / "base"), "--train", str(room / "text.txt"), "--task", "mlm", "--method", "pfeiffer", "--name", "lang"]
     cli(*words, "--max-steps", "2", "--out", str(room / "lang"), "--quiet").ok()
     below = room / "lang" / "module.safetensors"
-    told = cli(*train_words(room, "upper", "-m", str(below), "--expr", "lang >> topic", "--name", "topic", "--quiet", "--json", *STEPS)).ok().json
+    sha256 = cli("store", "add", str(below), "--json").ok().json["sha256"]
+    told = cli(*train_words(room, "upper", "-m", "store:lang", "--expr", "lang >> topic", "--name", "topic", "--quiet", "--json", *STEPS)).ok().json
     upper = load(told["file"])
     assert upper.requires == (load(below).digest,)
+    assert json.loads((room / "upper" / "run.json").read_text("utf-8"))["config"]["modules"] == {"lang": f"store:{sha256}"}
     shown = cli("eval", "-m", str(below), "-m", told["file"], "--expr", "lang >> topic", f"dev={room / 'dev.csv'}", "--base", str(room / "base"), "--json")
     assert shown.ok().json["data"]["dev"]["metrics"]["accuracy"]["value"] == told["dev"]["accuracy"]["value"]
 

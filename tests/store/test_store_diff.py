@@ -115,6 +115,6 @@ def test_layers_stand_in_the_order_of_the_model_and_are_drawn(tmp_path: Path) ->
     assert [layer.layer for layer in found.layers] == [f"{n}.attn.{site}" for n in range(12) for site in "qv"]
     pixels = imread(tmp_path / "diff.png")
     assert pixels.shape[0] > 300 and pixels.shape[1] > 600 and float(pixels[..., :3].std()) > 0.05
-    with pytest.raises(StoreError, match="expected .png"):
+    with pytest.raises(StoreError, match=r"expected \.png"):
         drawn(tmp_path / "diff.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["diff.png"]

@@ -135,7 +135,7 @@ def test_what_is_required_must_come_along(place: Callable[[], Remote], store: St
         push(loose, place(), ["task"])
     push(loose, place(), ["task"], allow_missing=True)
     back = Store(tmp_path / "back")
-    with pytest.raises(StoreError, match="no name was written.*--allow-missing"):
+    with pytest.raises(StoreError, match=r"no name was written.*--allow-missing"):
         pull(back, place(), ["task"])
     assert back.names() == {}
     pull(back, place(), ["task"], allow_missing=True)
