@@ -108,6 +108,8 @@ def run_job(job: Job, data: Path, *, dev_only: bool = False) -> dict[str, Any]:
     method = Method(BASE) if job.method == BASE else METHODS[job.method].build(**SET.get(job.method, {}))
     settings = {**tasks.base_settings(about.kind, base), "max_length": about.length, **about.settings, **tasks.method_settings(about.kind, method)}
     facts: dict[str, Any] = {"at": now(), "on": where(base.model.device)}
+    if dev_only:
+        facts["split"] = "dev"
     if job.method in SET:
         facts["set"] = SET[job.method]
     start = time.perf_counter()

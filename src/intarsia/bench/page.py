@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.bench.jobs import BASE, SET, SOURCES, Job, Source, current, rate_of
+from intarsia.bench.tune import GAIN, chosen, own
 from intarsia.methods import METHODS
 from intarsia.tasks.metrics import METRICS
 
@@ -19,7 +20,7 @@ HEAD = """# Does it learn?
 Every method of `intarsia methods`, trained for a short time on real tasks: 100 steps say whether a method learns and what it costs.
 This is **not a ranking**: few steps, one base, almost no search over settings.  `rate` is given where the method's own learning rate
 (its paper's, for longer trainings) was replaced by a multiple of it that learns more on *dev* data of SST-2 in seed 0; the same was
-done for `head`.  How each was found stands in `src/intarsia/bench/rates.csv`, what was tried in `docs/measured/tune-sst2.jsonl`.
+done for `head`; what was tried stands at the end of this page and in `src/intarsia/bench/rates.csv`.
 
 Anyone can repeat it.  Jobs that are in the file are not run again, so each of these can be stopped at any time and goes on where it was:
 
@@ -28,7 +29,7 @@ intarsia bench learn --data DATA --results docs/measured/learn-sst2.jsonl --task
 intarsia bench learn --data DATA --results docs/measured/learn-sib200.jsonl --tasks sib200
 intarsia bench learn --data DATA --results docs/measured/learn-e2e.jsonl --tasks e2e
 intarsia bench learn --data DATA --results docs/measured/learn-sst2.jsonl --tasks sst2 --examples 16,64,256 --only full,head,lora,pfeiffer,prefix,bitfit
-intarsia bench learn --results docs/measured/learn-sst2.jsonl,docs/measured/learn-sib200.jsonl,docs/measured/learn-e2e.jsonl --table docs/measured.md
+intarsia bench learn --table docs/measured.md --results docs/measured/learn-sst2.jsonl,docs/measured/learn-sib200.jsonl,docs/measured/learn-e2e.jsonl,docs/measured/tune-sst2.jsonl
 ```
 
 `DATA` holds `sst2/data/SST-2/{train,dev,test}.tsv` (columns sentence, label; the test file is GLUE's dev set),
@@ -40,7 +41,8 @@ The rates are chosen by `intarsia bench learn --data DATA --tasks sst2 --results
 def write(lines: Sequence[Line], path: Path) -> None:
     """Write the page, and beside it the picture of the curve if there is more than one number of examples."""
     parts = [HEAD]
-    lines = latest(lines)
+    tried = [line for line in lines if line.get("split") == "dev"]
+    lines = latest([line for line in lines if "split" not in line])
     machines = sorted({str(line["on"]) for line in lines if "on" in line})
     if machines:
         parts.append("Measured on: " + "; ".join(machines) + ".\n")
@@ -55,7 +57,26 @@ def write(lines: Sequence[Line], path: Path) -> None:
             picture = path.with_name(f"{path.stem}-{task}.png")
             draw(here, picture, f"{task}, {base}, {steps} steps")
             parts.append(curve(task, here, counts, picture.name))
+    if tried:
+        parts.append(tuned(tried))
     path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def tuned(lines: Sequence[Line]) -> str:
+    """What was tried for the learning rates, on dev data."""
+    text = [
+        "## Learning rates that were tried\n",
+        f"Score on {max(int(x.get('rows', 0)) for x in lines)} dev rows of {lines[0]['task']}, seed 0. Another rate takes the place of a method's own where it brings at least "
+        f"{GAIN:g}; methods that are alike (`ALIKE` in `src/intarsia/bench/tune.py`) share the multiple.\n",
+        "| method | its own rate | other rates | taken |\n|---|---|---|---|",
+    ]
+    taken = chosen(lines)
+    for method in sorted({str(x["method"]) for x in lines}):
+        scores = {x["rate"]: float(x["score"]) for x in lines if x["method"] == method and "score" in x}
+        others = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in sorted(scores.items(), key=lambda pair: pair[0] or 0) if rate is not None)
+        first = f"{own(method):g}: {scores[None]:.3f}" if None in scores else ""
+        text.append(f"| `{method}` | {first} | {others} | {f'{taken[method][0]:g}' if method in taken else 'its own'} |")
+    return "\n".join(text) + "\n"
 
 
 def latest(lines: Sequence[Line]) -> list[Line]:

@@ -1,7 +1,7 @@
 """`bench learn --tune`: learning rates for short trainings, chosen on dev data alone, and the file `rates.csv` that keeps them.
 
 Each method that is tried learns at its own rate and at multiples of it (seed 0, one task); the best on dev data counts, the
-own rate where nothing is better.  Methods that are alike share the multiple of one of them (`ALIKE`).  Head-only has the
+own rate where nothing is better by `GAIN`.  Methods that are alike share the multiple of one of them (`ALIKE`).  Head-only has the
 same chance as the others.  What is not here: the test set, which plays no part in the choice.
 """
 
@@ -19,6 +19,8 @@ TIMES = (1.0, 3.0, 10.0)
 """Multiples of a method's own rate that are tried, one after the other."""
 MORE: dict[str, tuple[float, ...]] = {"full": (1, 3), "head": (1, 3, 10, 1 / 3), "perfect": (1, 3, 10, 30, 100), "prompt": (1, 3)}
 """Where they are others."""
+GAIN = 0.005
+"""What another rate must bring over the own one: less is noise on some hundred dev examples."""
 FALL = 0.01
 """A method that has lost this much against its best is not tried at still higher rates."""
 ALIKE: dict[str, tuple[str, ...]] = {
@@ -76,8 +78,8 @@ def chosen(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, str]]:
     for method, tried in sorted(scores.items()):
         if None not in tried:
             continue
-        best = max(tried, key=lambda rate: (tried[rate], rate is None))  # the own one on a draw
-        if best is None:
+        best = max(tried, key=lambda rate: tried[rate])
+        if best is None or tried[best] < tried[None] + GAIN:
             continue
         shown = "; ".join(f"{own(method) if rate is None else rate:g}: {score:.3f}" for rate, score in tried.items())
         found[method] = best, f"dev {shown}"
