@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +21,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from intarsia.errors import IntarsiaError, ModuleError, StoreError, UsageError
-from intarsia.modules import Card, Module, dumps, load, save
+from intarsia.modules import Card, dumps, load, save
+from intarsia.store.remote import FolderRemote
 from intarsia.store.store import Store
-from tests.modules import make
-
-
-def module(seed: int = 0, **changes: Any) -> Module:
-    return make.module(seed, **{"requires": (), **changes})
+from intarsia.store.transfer import pull
+from tests.store.small import age, module
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
-
-
-def age(store: Store, seconds: float = 9000.0) -> None:
-    """Make every blob older than the grace period."""
-    for blob in (store.path / "blobs").iterdir():
-        os.utime(blob, (time.time() - seconds,) * 2)
 
 
 def test_round_trip_by_every_reference(store: Store, tmp_path: Path) -> None:
@@ -100,20 +96,57 @@ def test_unknown_references_name_what_there_is(store: Store) -> None:
         store.get("swh@7")
 
 
-def test_loading_opens_only_its_own_files(store: Store) -> None:
-    for seed in range(5):
-        store.add(module(seed), name=f"m{seed}")
-    opened: list[str] = []
+def thousand(store: Store) -> None:
+    """A thousand modules, written without syncing a thousand times; m500 is an ordinary one."""
+    blobs, names = store.path / "blobs", store.path / "names"
+    store.add(module(500), name="m500")
+    for number in range(1000):
+        if number != 500:
+            sha256 = hashlib.sha256(str(number).encode()).hexdigest()
+            (blobs / f"{sha256}.safetensors").write_bytes(b"x" * 4096)
+            (names / f"m{number}").mkdir()
+            (names / f"m{number}" / "1").write_text(f"{sha256}\n")
+
+
+def watched(store: Store, work: Callable[[], Any]) -> tuple[set[str], int]:
+    """Files and folders of the store that `work` opens or lists, and the bytes this process reads meanwhile."""
+    touched: set[str] = set()
     listening = [True]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if listening[0] and event == "open" and str(arguments[0]).startswith(str(store.path)):
-            opened.append(os.path.relpath(str(arguments[0]), store.path))
+        if listening[0] and event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(str(store.path)):
+            touched.add(os.path.relpath(str(arguments[0]), store.path))
 
     sys.addaudithook(hook)
-    store.get("m3@1")
+    before = read_so_far()
+    work()
+    count = read_so_far() - before
     listening[0] = False
-    assert set(opened) == {"names/m3/1", f"blobs/{store.resolve('m3')}.safetensors"}
+    return touched, count
+
+
+def read_so_far() -> int:
+    """Bytes this process has read in its life."""
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+
+def test_loading_one_of_a_thousand_costs_its_own_bytes(store: Store, tmp_path: Path) -> None:
+    """The same files and bytes as from a store of one, whatever it is called by; nothing grows with the number of modules."""
+    alone = Store(tmp_path / "alone")
+    alone.add(module(500), name="m500")
+    thousand(store)
+    size = store.header("m500@1").size
+    idle = watched(store, lambda: None)[1]  # what looking at the counter reads
+    for reference, listed in (("m500@1", set()), ("m500", {"names/m500"}), ("m500@latest", {"names/m500"})):
+        found = [watched(each, lambda each=each, reference=reference: each.get(reference)) for each in (alone, store)]
+        assert found[0][0] == found[1][0] == {"names/m500/1", f"blobs/{store.resolve('m500@1')}.safetensors", *listed}
+        assert abs(found[1][1] - found[0][1]) < 100 and found[1][1] - idle < 2 * size + 200  # its header once more, before the rest is read
+    by_hash = watched(store, lambda: store.get(store.resolve("m500@1")))
+    assert not any(path.startswith("blobs/") and "." in path and store.resolve("m500@1") not in path for path in by_hash[0])
+    assert by_hash[1] - idle < 2 * size + 200
+    store.add(module(1), name="new")
+    added = watched(store, lambda: store.add(module(2), name="new"))
+    assert all(path.startswith((".lock", "names/new", "blobs")) for path in added[0])
 
 
 def test_find(store: Store) -> None:
@@ -230,6 +263,65 @@ def test_any_name_that_is_taken_stays_inside_and_comes_back(store: Store, name: 
     store.remove(kept)
 
 
+@pytest.mark.parametrize("name", ["con", "CON", "aux.txt", "com1", "nul", "name.", "a:b", "a*b?", "x y", "-rf", "~", "$HOME", "%41", "ŋ", "n\u0303", "a/b/c"])
+def test_names_that_a_file_system_would_take_amiss(store: Store, name: str) -> None:
+    """Devices of Windows, trailing dots, colons, wildcards, options, escapes: kept, under a file name of plain letters."""
+    sha256 = store.add(module(), name=name)
+    (folder,) = (store.path / "names").iterdir()
+    assert re.fullmatch(r"([a-z0-9_-]|%[0-9A-F]{2})+", folder.name) and folder.name not in ("con", "aux", "com1", "nul")
+    assert store.names() == {unicodedata.normalize("NFC", name): {"1": sha256}} and store.resolve(name) == sha256
+
+
+@pytest.mark.parametrize("label", ["con", "nul", "com1", "lpt9", "aux.x", "a.", "1."])
+def test_labels_that_windows_would_take_amiss_are_refused(store: Store, label: str) -> None:
+    store.add(module())
+    with pytest.raises(UsageError):
+        store.tag("swh", label)
+    with pytest.raises(UsageError):
+        store.add(module(1), version=label)
+
+
+def test_twins_of_other_normal_forms_are_one_name(store: Store) -> None:
+    store.add(module(0), name="n\u0303o")
+    assert store.add(module(0), name="\u00f1o") == store.resolve("n\u0303o") and len(store.names()) == 1
+
+
+def test_a_store_behind_a_symbolic_link_is_a_store(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    store.path.symlink_to(tmp_path / "real")
+    store.add(module())
+    assert Store(tmp_path / "real").get("swh").digest == store.get("swh").digest == module().digest and store.verify() == []
+
+
+def test_a_store_that_may_not_be_written_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(module())
+
+    def refused(path: Any, flags: int, *more: Any, real: Any = os.open, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refused)
+    assert store.get("swh").digest == module().digest and store.verify() == [] and len(store.find(language="sw")) == 1
+    for work in (lambda: store.add(module(1)), lambda: store.remove("swh"), lambda: store.gc(), lambda: store.tag("swh", "best")):
+        with pytest.raises(StoreError, match=re.escape(str(store.path))):
+            work()
+
+
+def test_a_full_disk_leaves_the_store_as_it_was(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(module(), tags=("best",))
+    before = {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"no space left; the file needs .* bytes, the disk has"):
+        store.add(module(1), tags=("best",))
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()} == before
+
+
 def test_names_that_differ_in_case_stay_apart(store: Store) -> None:
     store.add(module(0), name="NER")
     store.add(module(1), name="ner")
@@ -288,21 +380,45 @@ def writer(store: Store, seeds: Iterable[int]) -> int:
     return pid
 
 
-def test_two_writers_a_reader_and_gc_at_once(store: Store) -> None:
-    writers = [writer(store, range(8)), writer(store, range(100, 108))]
+def test_two_writers_a_reader_and_gc_at_once(store: Store, tmp_path: Path) -> None:
+    """Writers that add, one that pulls from elsewhere, `gc` without grace, and a reader that must never miss anything."""
+    far = Store(tmp_path / "far")
+    needed = module(200, name="needed")
+    far.add(needed)
+    for seed in range(4):
+        far.add(module(201 + seed, name="far", requires=(needed.digest,)))
+    writers = [writer(store, range(8)), writer(store, range(100, 108)), puller(store, far)]
     codes: dict[int, int] = {}
-    while len(codes) < 2:
+    while len(codes) < 3:
         codes.update({pid: code for each in writers if each not in codes for pid, code in [os.waitpid(each, os.WNOHANG)] if pid})
-        if "swh" in store.names():
-            store.get("swh")
-            store.get("swh@1")
-            store.gc(grace=0)
-    assert list(codes.values()) == [0, 0]
+        for name in store.names():
+            store.get(name)
+            store.get(f"{name}@1")
+        store.gc(grace=0) if store.path.exists() else None
+    assert list(codes.values()) == [0, 0, 0]
     labels = store.names()["swh"]
     versions = {label: sha256 for label, sha256 in labels.items() if label != "best"}
     assert len(versions) == len(set(versions.values())) == 16  # none was lost, none shares a number
     assert {store.get(sha256).digest for sha256 in versions.values()} == {module(s).digest for s in (*range(8), *range(100, 108))}
+    assert store.names()["far"] == far.names()["far"]
+    store.gc(grace=0)
     assert store.verify() == []
+
+
+def puller(store: Store, far: Store) -> int:
+    """A process that pulls everything, again where `gc` without grace was faster than the names; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for _ in range(200):
+                with contextlib.suppress(StoreError):
+                    pull(Store(store.path), FolderRemote(far.path), ["far@1", "far@2", "far@3", "far@4"])
+                    code = 0
+                    break
+        finally:
+            os._exit(code)
+    return pid
 
 
 def test_a_killed_writer_leaves_old_or_new(store: Store) -> None:
