@@ -26,7 +26,7 @@ from intarsia.host import Host
 from intarsia.languages.bits import Bits, bits, spread
 from intarsia.languages.cards import card_of
 from intarsia.languages.corpus.build import Corpus
-from intarsia.languages.objectives import Learning, Objective, learning
+from intarsia.languages.objectives import Objective, learning
 from intarsia.languages.vocabulary.build import has_tied_head
 from intarsia.languages.vocabulary.tokenizer import tokenizer_of, vocabulary_of
 from intarsia.methods import METHODS, Method

@@ -136,7 +136,7 @@ def kmeans(rows: Tensor, clusters: int, seed: int = 0, rounds: int = 20) -> Tens
 
 def _network(rows: Tensor, rank: int, hidden: int, seed: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Codes and a network, trained together from the linear solution."""
-    codes, basis = _svd(rows, rank)
+    codes, _ = _svd(rows, rank)
     scale = codes.std().clamp(min=1e-8)
     draw = torch.Generator().manual_seed(seed)
     first = torch.randn(rank, hidden, generator=draw) * rank**-0.5

@@ -1,12 +1,17 @@
 """Tokenizers for a language: trained on text, kept as pieces and scores, made again from these without running anything of a file.
 
 A piece that begins a word begins with `▁`.  The special tokens are the base's; in a vocabulary that takes the place of the base's they keep
-their ids where these are small enough, as models fix some of them (padding).  Training: unigram language model (Kudo 2018) of the
-`tokenizers` library, over words split at white space.
+their ids where these are small enough, as models fix some of them (padding).
+
+Training: pieces by byte-pair encoding of the `tokenizers` library (Sennrich et al. 2016) over words split at white space; their scores by
+rounds of best segmentation under a unigram model (Kudo 2018) and counting.  The library's own unigram trainer is not used: it gives
+other scores each time, and nothing here may depend on chance.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +27,7 @@ from intarsia.patches.vocabulary import Vocabulary
 
 MARK = "▁"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ROUNDS = 2
 LOWEST = -99.0
 """Score of special tokens: never chosen for text."""
 
@@ -64,15 +70,17 @@ def train(texts: Iterable[str], size: int, base: Any, *, normaliser: str = "NFKC
     wanted = size - (len(specials) if replace else 0)
     if wanted < 16:
         raise UsageError(f"a vocabulary of {size} leaves no room for pieces beside {len(specials)} special tokens")
-    learner = Tokenizer(models.Unigram())
+    lines = list(texts)
+    learner = Tokenizer(models.BPE())
     learner.normalizer = _normaliser(normaliser)
     learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")  # type: ignore[assignment]
-    trainer = trainers.UnigramTrainer(vocab_size=wanted + 1, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
-    learner.train_from_iterator(texts, trainer=trainer)
-    found = {text: score for text, score in _state(learner) if text != "<unk>" and "\n" not in text and text not in specials}
+    learner.train_from_iterator(lines, trainer=trainers.BpeTrainer(vocab_size=wanted + len(specials), show_progress=False))
+    learnt = [text for text in learner.get_vocab() if "\n" not in text and text not in specials]
+    found = _scored(lines, learnt, learner, normaliser)
     if len(found) < 16:
         raise UsageError(f"the text gives {len(found)} pieces only; it is too small for a vocabulary")
-    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:wanted]
+    ordered = sorted(found.items(), key=lambda item: (len(item[0]) > 1, -item[1], item[0]))[:wanted]  # characters first: none may be lacking
+    ordered.sort(key=lambda item: (-item[1], item[0]))
     if not replace:
         ordered = _whole_words(ordered, base)
         if not ordered:
@@ -95,10 +103,24 @@ def _whole_words(ordered: Sequence[tuple[str, float]], base: Any) -> list[tuple[
     return list(found.items())
 
 
-def _state(learner: Tokenizer) -> list[tuple[str, float]]:
-    import json
+def _scored(lines: Sequence[str], learnt: Sequence[str], learner: Tokenizer, normaliser: str) -> dict[str, float]:
+    """Log-probabilities of pieces: counts of their use, then rounds of best segmentation and counting; a single character never goes."""
+    counts: Counter[str] = Counter()
+    for one in learner.encode_batch(list(lines)):
+        counts.update(one.tokens)
+    for _ in range(ROUNDS):
+        scores = _logs(counts, learnt)
+        model = Tokenizer(models.Unigram([("<unk>", LOWEST), *sorted(scores.items())], unk_id=0))
+        model.normalizer, model.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+        counts = Counter()
+        for one in model.encode_batch(list(lines)):
+            counts.update(one.tokens)
+    return _logs(counts, learnt)
 
-    return [(text, float(score)) for text, score in json.loads(learner.to_str())["model"]["vocab"]]
+
+def _logs(counts: Counter[str], learnt: Sequence[str]) -> dict[str, float]:
+    total = sum(counts[text] + 0.5 for text in learnt)
+    return {text: math.log((counts[text] + 0.5) / total) for text in learnt}
 
 
 def _laid_out(ordered: Sequence[tuple[str, float]], base: Any, specials: Sequence[str], normaliser: str) -> Pieces:
