@@ -9,6 +9,7 @@ What is not here: locks (`store.py` holds one around every change) and blobs.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -156,12 +157,13 @@ def _listed(folder: Path) -> list[str]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder of the store and put its entry on the disk."""
+    """Make a folder of the store, and those above it, and put the entry of each on the disk."""
     if real_folder(path):
         return
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        _sync_folder(path.parent)
+        for each in reversed([path, *itertools.takewhile(lambda above: not above.exists(), path.parents)]):
+            each.mkdir(exist_ok=True)
+            _sync_folder(each.parent)
     except OSError as error:
         raise StoreError(f"store: cannot make the folder {path}: {error.strerror}; choose another with --store") from error
 
