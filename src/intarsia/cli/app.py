@@ -24,6 +24,7 @@ from intarsia.cli import (
     predict,
     store,
     train,
+    transfer,
     vocab,
 )
 
@@ -56,5 +57,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, card, store, corpus, lang, vocab, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, card, store, corpus, lang, vocab, transfer, merge, convert, bases, bench):
     _room.register(app)
