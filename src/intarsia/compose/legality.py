@@ -36,13 +36,19 @@ class Weighs:
         parts: the members it was made for, as text, in order.
         sites: where it gives weights.
         reads_changes: it looks at the members' changes.
-        rows: its weights may differ between the rows of a batch.
+        rows: its weights depend on what comes, row by row.
+        keys: of the call's context, that say which weights count.
+        parameters: it weighs changes of parameters too.
+        tokens: its weights differ between the tokens of a row.
     """
 
     parts: tuple[str, ...]
     sites: frozenset[str]
     reads_changes: bool = True
     rows: bool = True
+    keys: frozenset[str] = frozenset()
+    parameters: bool = False
+    tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +218,10 @@ def _check_router(e: Mix, name: str, known: Mapping[str, Traits]) -> None:
         )
     if e.space == "phi" and weighs.reads_changes:
         raise CompositionError(f"router {name!r} looks at what its members change, and in space=phi their tensors are mixed before; use space=out")
+    if e.space == "phi" and weighs.tokens:
+        raise CompositionError(
+            f"router {name!r} weighs each token, and in space=phi a row runs one module; use space=out, or a router by example, task or model"
+        )
     for member in sorted({ref.name for part in e.parts for ref in part.refs()}):
         for site, carried in known[member].sites.items():
             if carried.port not in ("mem", "seq") and site not in weighs.sites and known[member].weighs is None:

@@ -36,7 +36,7 @@ class Note:
         owner: the router's form.
         weights: [n], [R, n] or [R, T, n], with their graph.
         members: which of the mixture's members these are.
-        rows: which rows of the batch, [R]; None for all.
+        rows: which of `size` rows at the site (a multiple of those of the batch), None for all.
     """
 
     site: Site
@@ -44,6 +44,7 @@ class Note:
     weights: Tensor
     members: tuple[int, ...]
     rows: Tensor | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +77,15 @@ class Call:
     ) -> Call:
         return cls(exprs, rows, head, dict(context or {}), frozenset().union(*(names(e) for e in exprs)), notes)
 
-    def alone(self, number: int, rows: Tensor, size: int) -> Call:
-        """The call of those of `size` rows that run expression `number`: as if they were a batch of their own."""
-        assert self.rows is not None
-        each = size // len(self.rows)
+    def alone(self, number: int, rows: Tensor, size: int, count: int = 0) -> Call:
+        """The call of those of `size` rows that run expression `number`: as if they were a batch of their own.
+
+        Args:
+            count: rows of the batch, where the call does not say it.
+        """
+        count = count if self.rows is None else len(self.rows)
+        each = size // count
         mine = (rows[::each] // each).tolist()
-        count = len(self.rows)
         context = {key: _part(value, mine, count) for key, value in self.context.items()}
         return Call.of((self.exprs[number],), None, self.head, context, self.notes)
 
@@ -105,12 +109,41 @@ class Call:
 
 
 def _part(value: Any, mine: Sequence[int], count: int) -> Any:
-    """A value of a call's context for some rows: a list or tensor with one value for each of `count` rows is cut."""
+    """A value of a call's context for some rows: a list or tensor with one value for each of `count` rows is cut; a tuple of
+    numbers is one value (a vector)."""
+    if is_vector(value):
+        return value
     if isinstance(value, Tensor) and value.dim() and len(value) == count:
         return value[torch.tensor(mine, device=value.device)]
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count:
         return [value[i] for i in mine]
     return value
+
+
+def grouped(context: Mapping[str, Any], keys: frozenset[str]) -> tuple[int, ...] | None:
+    """Numbers that say which rows have equal values of some keys of the context; None where all have.
+
+    A parameter is the same for a whole forward, so rows whose weights of it differ run as rows with other expressions do.
+    """
+    columns = [context[key] for key in sorted(keys) if key in context and _per_row(context[key])]
+    if not columns:
+        return None
+    lists = [[tuple(v) if isinstance(v, list) else v for v in (c.tolist() if isinstance(c, Tensor) else c)] for c in columns]
+    if len({len(values) for values in lists}) > 1:
+        raise CompositionError(f"the context gives {' and '.join(str(len(v)) for v in lists)} values for {', '.join(sorted(keys))}; give one per row for each")
+    found = list(zip(*lists))
+    distinct = list(dict.fromkeys(found))
+    return None if len(distinct) < 2 else tuple(distinct.index(value) for value in found)
+
+
+def is_vector(value: Any) -> bool:
+    """Whether a value of the context is one vector rather than one value per row."""
+    return isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)
+
+
+def _per_row(value: Any) -> bool:
+    """A value for each row."""
+    return value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, Sequence) and not isinstance(value, str) and not is_vector(value)
 
 
 class State:
@@ -122,12 +155,14 @@ class State:
         self.sizes: dict[int, int] = {}
         self.given: dict[int, dict[str, Given]] = {}
         self.left: dict[int, Given] = {}
+        self.notes: dict[int, list[Note]] = {}
+        self.watched: dict[int, list[Note]] = {}
         self.kept: WeakKeyDictionary[Any, dict[tuple[int, int, int], Tensor]] = WeakKeyDictionary()
         self.grown: WeakKeyDictionary[Any, dict[tuple[int, int, int], Any]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has run nothing yet."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("kept", "grown")} | {"sizes": {}, "given": {}, "left": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("kept", "grown")} | {"sizes": {}, "given": {}, "left": {}, "notes": {}, "watched": {}}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values, kept=WeakKeyDictionary(), grown=WeakKeyDictionary())

@@ -67,7 +67,7 @@ class _FoldAt:
         if not changes:
             return None
         weights = self.weights_of(mix, h, [i for i, _ in changes])
-        return self.algebra.mix([(weight, change) for weight, (_, change) in zip(weights, changes)], len(mix.parts))  # type: ignore[no-any-return]
+        return self.algebra.mix([(weight, change) for weight, (_, change) in zip(weights, changes)], len(mix.parts))
 
     def weights_of(self, mix: Mix, h: Linear, members: Sequence[int]) -> list[float]:
         """Weights that are the same for every input."""

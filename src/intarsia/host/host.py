@@ -17,6 +17,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from intarsia.errors import CompositionError, ModuleError, SiteError, SpecError,
 from intarsia.host.attach import Attachment
 from intarsia.host.attention import MemorySocket
 from intarsia.host.build import Built, build
-from intarsia.host.call import CALLS, Call, State, thread
+from intarsia.host.call import CALLS, Call, Note, State, grouped, thread
 from intarsia.host.fold import fold, why_not_foldable
 from intarsia.host.mirror import FORWARD_ONLY
 from intarsia.host.output import Root
@@ -38,7 +39,7 @@ from intarsia.host.record import Entry, Record
 from intarsia.host.routing import covering, members_of
 from intarsia.host.transfer import fill, flattened, make_room, whole
 from intarsia.methods import ROUTERS, Method
-from intarsia.methods.method import HeadSpec, side
+from intarsia.methods.method import HeadSpec, RoutePenalty, side
 from intarsia.modules import Card, Module, check_name
 from intarsia.patches import Delta, Form
 from intarsia.sites.address import Site
@@ -157,7 +158,8 @@ class Host:
         """What a module's method adds to the loss as things stand; None if it adds nothing."""
         built = self._entry(name).built
         parts = [*(delta.form for _, deltas in built.deltas for delta in deltas), *built.shared.values()]
-        terms = [term.loss(parts) for term in self.method(name).policy.penalties]
+        given = [note for note in self._state.notes.get(thread(), ()) if any(note.owner is part for part in parts)]
+        terms = [term.routed(given) if isinstance(term, RoutePenalty) else term.loss(parts) for term in self.method(name).policy.penalties]
         found = [term for term in terms if term is not None]
         return torch.stack(found).sum() if found else None
 
@@ -355,7 +357,9 @@ class Host:
         if expression is None or isinstance(expression, Expr | str):
             one = expr_of(expression)
             check(one, known, head, unembeds)
-            return Call.of((one,), None, head, context)
+            weighing = [w for name in names(one) if (w := known[name].weighs) is not None and w.parameters]
+            rows = grouped(context or {}, frozenset().union(*(w.keys for w in weighing)))
+            return Call.of((one,) * (1 if rows is None else max(rows) + 1), rows, head, context)
         if not expression:
             raise CompositionError("per-row expressions: the sequence is empty")
         given = [expr_of(e) for e in expression]
@@ -376,12 +380,23 @@ class Host:
             context: anything forms may ask for.
         """
         call = self.call(expression, head=head, context=context)
+        watched = self._state.watched.get(thread())
+        if watched is not None or (torch.is_grad_enabled() and self._penalised(call)):
+            notes: list[Note] = [] if watched is None else watched
+            call = replace(call, notes=notes)
+            self._state.notes[thread()] = notes
+        else:
+            self._state.notes.pop(thread(), None)
         token = CALLS.set({**CALLS.get(), self._state: call})
         try:
             yield self.model
         finally:
             CALLS.reset(token)
             self._state.left.pop(thread(), None)
+
+    def _penalised(self, call: Call) -> bool:
+        """Whether a router of a call has a penalty on the weights it gives."""
+        return any(isinstance(term, RoutePenalty) for name in call.names for term in self._entries[name].method.policy.penalties)
 
     def rest(self, expression: Expression | Sequence[Expression] | None, *, head: str | None = None) -> Host:
         """The expression that is active where no `using` says otherwise; None for the bare base."""

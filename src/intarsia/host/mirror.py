@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from intarsia.compose import TENSORS, Expr
+from intarsia.compose import TENSORS, Expr, Mix
 from intarsia.compose.legality import inverse
-from intarsia.errors import SpecError
+from intarsia.errors import CompositionError, SpecError
 from intarsia.host.call import Call, Child, State
 from intarsia.host.socket import Slot, first_tensor
 from intarsia.patches import Add, Delta
@@ -41,6 +41,9 @@ class Undo:
 
     def change(self, delta: Delta, h: Any) -> Any:
         return delta.form.undo(h)  # type: ignore[operator]
+
+    def routed(self, mix: Mix, h: Any) -> Any:
+        raise CompositionError(f"{mix} has no inverse; leave it out: using(..., forward_only=True)")
 
 
 class Mirror(Child):

@@ -61,13 +61,22 @@ class Entry:
             if site.port == "logits":
                 continue
             forms = [d.form for d in deltas if isinstance(d.form, RouterForm)]
-            routers += [(site.name, form) for form in forms]
+            routers += [(site, form) for form in forms]
             if not forms:
                 sites[site.name] = Carried(site.port, tuple((specs[d.name], d.op) for d in deltas), tied)
         if not routers:
             return sites, None
-        looks, fixed = (any(getattr(form.scorer, what) for _, form in routers) for what in ("reads_changes", "per_input"))
-        return sites, Weighs(routers[0][1].spec.parts, frozenset(name for name, _ in routers), looks, fixed)
+        scorers = [form.scorer for _, form in routers]
+        weighs = Weighs(
+            routers[0][1].spec.parts,
+            frozenset(site.name for site, _ in routers),
+            any(s.reads_changes for s in scorers),
+            any(s.per_input for s in scorers),
+            frozenset().union(*(s.keys for s in scorers)),
+            any(site.port == "weight" for site, _ in routers),
+            any(s.per_token for s in scorers),
+        )
+        return sites, weighs
 
 
 @dataclass

@@ -138,7 +138,8 @@ class View:
         if self._rows is None or self._state is None or torch.compiler.is_compiling():
             return self._norm(total)
         # modules on the norm itself see these rows only, all with this expression
-        alone = self.call.alone(self._part, self._rows, self._size)
+        noted = self._given.get(self.site.stack)
+        alone = self.call.alone(self._part, self._rows, self._size, self._size if noted is None else noted.rows)
         token = CALLS.set({**CALLS.get(), self._state: alone})
         try:
             return self._norm(total)
@@ -245,7 +246,7 @@ class View:
 
     def note(self, owner: object, weights: Tensor, members: Sequence[int]) -> None:
         if self.call.notes is not None:
-            self.call.notes.append(Note(self.site, owner, weights, tuple(members), self._batch_rows() if self._rows is not None else None))
+            self.call.notes.append(Note(self.site, owner, weights, tuple(members), self._rows, self._size))
 
     def _unfilled(self) -> CompositionError:
         return CompositionError(

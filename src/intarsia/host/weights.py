@@ -163,7 +163,7 @@ class WeightSocket(Child):
             alone = call.alone(number, rows, output[0].shape[0])
             token = CALLS.set({**CALLS.get(), self.state: alone})
             try:
-                self._lend(call, number)
+                self._lend(alone, 0)
                 value = module.forward(*map(part, args), **{k: part(v) for k, v in kwargs.items()})
             finally:
                 self._return()

@@ -1,5 +1,6 @@
 """The literature's methods as rows of data."""
 
+from intarsia.methods import routing
 from intarsia.methods.adapters import (
     adapter_lowrank,
     adapterdrop,
@@ -120,6 +121,7 @@ __all__ = [
     "prompt",
     "road",
     "rosa",
+    "routing",
     "row",
     "rslora",
     "s2ft",

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from intarsia._codec import register
 from intarsia._registry import Registry
 from intarsia.errors import SpecError, listing, nearest
+from intarsia.methods.legality import check
 from intarsia.patches import (
     Add,
     Biaffine,
     FormSpec,
-    Gated,
     Head,
     KeptMask,
     LanguageModelHead,
@@ -60,11 +60,7 @@ class Patch:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.op, Mul) and isinstance(self.form, Gated):
-            raise SpecError(
-                f"patch {self.name!r}: a gate weighs what is added, and a closed one would make zero of what Mul multiplies; "
-                "gate it under Gain (h + h * value) or Add"
-            )
+        check(self.name, self.form, self.op, self.port)
 
 
 @register("group")
@@ -118,6 +114,14 @@ class Stage:
     begin: int
     skip: int = 0
     rate: float = 1.0
+
+
+@runtime_checkable
+class RoutePenalty(Protocol):
+    """A term of the loss about the weights that a router gave in the forward: a frozen, registered dataclass."""
+
+    def routed(self, notes: Sequence[Any]) -> Tensor | None:
+        """The term, already weighted, for all notes (`site`, `owner`, `weights` [..., n], `members`) of one forward."""
 
 
 @runtime_checkable
@@ -182,7 +186,7 @@ class Policy:
     decay: float = 0.0
     groups: tuple[Group, ...] = ()
     flatten: bool = False
-    penalties: tuple[Penalty, ...] = ()
+    penalties: tuple[Penalty | RoutePenalty, ...] = ()
     steps: tuple[StepRule, ...] = ()
     gradients: tuple[GradientRule, ...] = ()
     program: tuple[Phase, ...] = ()

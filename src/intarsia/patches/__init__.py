@@ -31,6 +31,7 @@ from intarsia.patches.projection import Projection
 from intarsia.patches.renorm import Renorm
 from intarsia.patches.router import Attention, Router, RouterForm
 from intarsia.patches.rows import Rows
+from intarsia.patches.scores import Basis, Gate, Gaussian, Prototype, Table
 from intarsia.patches.sketch import Sketch
 from intarsia.patches.sparse import Sparse
 from intarsia.patches.subspace import SubspaceEdit
@@ -41,6 +42,7 @@ __all__ = [
     "Affine",
     "Attend",
     "Attention",
+    "Basis",
     "Biaffine",
     "Blocks",
     "Bottleneck",
@@ -62,7 +64,9 @@ __all__ = [
     "Fourier",
     "Free",
     "Gain",
+    "Gate",
     "Gated",
+    "Gaussian",
     "Hadamard",
     "HardConcrete",
     "Head",
@@ -84,6 +88,7 @@ __all__ = [
     "Place",
     "Principal",
     "Projection",
+    "Prototype",
     "Renorm",
     "Replace",
     "Rot",
@@ -99,6 +104,7 @@ __all__ = [
     "Sparse",
     "SubspaceEdit",
     "Sum",
+    "Table",
     "Ticket",
     "Tokens",
     "TopMask",

@@ -10,7 +10,7 @@ look at the changes.
 
 | axis | values |
 |---|---|
-| squash | `softmax`; `sigmoid`; `bernoulli`: sigmoid over its sum (Polytropon); `free`: the scores are the weights |
+| squash | `softmax`; `sigmoid`; `bernoulli`: sigmoid over its sum (Polytropon); `free`: the scores are the weights; `clamp`: cut to 0 ... 1 |
 | sampler (training only) | `none`; `gumbel`: Gumbel noise on the scores; `relaxed`: logistic noise (relaxed Bernoulli) |
 | hard | the largest weight as 1 in the forward, the gradient of the soft ones (straight-through) |
 | top | only the k largest compete |
@@ -36,7 +36,7 @@ from intarsia.patches.gated import per_row
 from intarsia.patches.init import Fill, normal
 from intarsia.patches.place import Place
 
-Squash = Literal["softmax", "sigmoid", "bernoulli", "free"]
+Squash = Literal["softmax", "sigmoid", "bernoulli", "free", "clamp"]
 Sampler = Literal["none", "gumbel", "relaxed"]
 Scope = Literal["site", "layer", "shared"]
 Changes = Sequence[Tensor | None]
@@ -46,13 +46,15 @@ class Scorer(nn.Module):
     """Scores of all members, [N], [R, N] or [..., N] like `h`.
 
     `reads_changes` says whether it looks at the members' changes, `reads_call` whether it looks at what the call says of rows
-    or tokens, `fixed` whether its scores are the same whatever comes, `per_input` whether they may differ within a batch.
+    or tokens, `fixed` whether its scores are the same whatever comes, `per_input` whether they depend on activations, `per_token` whether they differ within a row; `keys` are those of the call's context that it looks at.
     """
 
     reads_changes = False
     reads_call = False
     fixed = False
     per_input = True
+    per_token = True
+    keys: frozenset[str] = frozenset()
 
     def forward(self, h: Any, changes: Changes, seen: Seen) -> Tensor:
         raise NotImplementedError
@@ -160,7 +162,7 @@ class RouterForm(Form):
         """The weights of some members where they are the same for every input."""
         if not self.scorer.fixed or self.value is not None:
             return WhyNot("its mixture is weighed for each input")
-        scores = self.scorer(None, [None] * len(self.spec.parts), None)[members]  # type: ignore[arg-type]
+        scores = self.scorer(None, [None] * len(self.spec.parts), None)[members]
         return squashed(scores, self.spec, self._keep(top), False)
 
     def _keep(self, top: int | None) -> int | None:
@@ -183,7 +185,7 @@ def squashed(scores: Tensor, spec: Router, keep: int | None, training: bool) -> 
     if spec.squash == "softmax":
         found = (scores if kept is None else scores.masked_fill(~kept, -torch.inf)).softmax(-1)
     else:
-        found = scores if spec.squash == "free" else scores.sigmoid()
+        found = scores if spec.squash == "free" else scores.clamp(0.0, 1.0) if spec.squash == "clamp" else scores.sigmoid()
         if kept is not None:
             found = found.masked_fill(~kept, 0.0)
         if spec.squash == "bernoulli":
