@@ -214,7 +214,10 @@ def test_modules_of_the_store(cli: Here, room: Path, modules: dict[str, Path], t
 def test_another_base_is_refused(cli: Here, room: Path, modules: dict[str, Path]) -> None:
     words = ["predict", "-m", str(modules["lora"]), "--base", str(room / "other"), "--line", "cat"]
     assert "weights" in cli(*words).error(4)
-    cli(*words, "--force-base").ok()
+    found = cli(*words, "--force-base").ok()
+    assert "warning: module 'lora' belongs to another base (weights" in found.err and rows_of(found.out)[0]["forced_base"] == ["lora"]
+    told = cli("eval", *words[1:-2], str(room / "test.csv"), "--force-base", "--json").ok().json
+    assert list(told["forced_base"]) == ["lora"]
 
 
 def test_a_module_on_top_of_another(cli: Here, room: Path, modules: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

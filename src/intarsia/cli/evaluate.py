@@ -97,6 +97,8 @@ def evaluate(
     results = {name: described(evaluation) for name, evaluation in found.items()}
     digests = {name: running.host.extract(name).digest for name in sorted(names(parse(running.expression)))}
     payload = {"expression": running.expression, "task": running.task.name, "digests": digests, "data": results}
+    if running.forced:
+        payload["forced_base"] = dict(running.forced)
     if chosen.predictions is not None:
         write_predictions(Path(chosen.predictions), found, tables)
     if chosen.out is not None:

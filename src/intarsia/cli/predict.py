@@ -93,7 +93,7 @@ def predict(
         running.host, running.expression, running.task, table, head=running.head, batch_size=chosen.batch_size,
         progress=Passed("predict", quiet=console.quiet or len(table) <= chosen.batch_size),
     )  # fmt: skip
-    rows = [answer(prediction, table) for prediction in found]
+    rows = [answer(prediction, table) | ({"forced_base": sorted(running.forced)} if running.forced else {}) for prediction in found]
     if chosen.out != "-":
         from intarsia.data import write_jsonl
 

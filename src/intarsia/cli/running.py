@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from intarsia.cli.console import Console
 from intarsia.cli.options import parse_values
 from intarsia.cli.sources import header_of, pinned, read_modules
 from intarsia.errors import CompositionError, ModuleError, UsageError, listing, nearest
@@ -41,12 +42,14 @@ class Running:
         expression: what runs, as text.
         head: the module whose head answers, None where the expression has one at most.
         task: reads rows and outputs.
+        forced: modules that were trained on another base, with the field that differs; what they answer is marked.
     """
 
     host: Host
     expression: str
     head: str | None
     task: BaseTask[Any]
+    forced: Mapping[str, str] = field(default_factory=dict)
 
 
 def module_files(given: Sequence[str] | None, expression: str | Expr | None = None) -> dict[str, str]:
@@ -128,7 +131,10 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     for module in modules.values():
         host.insert(module, force_base=force_base)
     host.call(parsed, head=config.head)  # refused before anything is read
-    return Running(host, str(parsed), config.head, build_task(owner, host, config.task_settings, task_settings))
+    forced = {name: difference for name, module in modules.items() if (difference := module.base.difference(host.fingerprint))}
+    for name, difference in forced.items():
+        Console().warn(f"module {name!r} belongs to another base ({difference}) and runs because of --force-base; what it answers says so")
+    return Running(host, str(parsed), config.head, build_task(owner, host, config.task_settings, task_settings), forced)
 
 
 def task_owner(modules: Sequence[Module], head: str | None) -> Module:
