@@ -100,7 +100,7 @@ def named_base(found: Detected) -> str:
     if found.format == "intarsia":
         named = read_header(found.path).card.base
     elif found.format in ("peft", "adapterhub"):
-        config = read_config(found.path, "adapter_config.json")
+        config = read_config(found.path, "adapter_fusion_config.json" if found.kind == "fusion" else "adapter_config.json")
         named = config.get("base_model_name_or_path") or config.get("model_name")
     if not isinstance(named, str) or not named:
         raise UsageError(f"{found.path} does not name the base it is for; say it with --base")
@@ -115,7 +115,7 @@ def read(found: Detected, loaded: Base, name: str | None, *, allow_pickle: bool,
     """
     from intarsia.modules import load
     from intarsia.sites import fingerprint, resolve
-    from intarsia.store.convert import read_adapterhub, read_peft, read_sft
+    from intarsia.store.convert import read_adapterhub, read_fusion, read_peft, read_sft
 
     print_of = fingerprint(loaded.model, loaded.tokenizer)
     if found.format == "intarsia":
@@ -125,8 +125,10 @@ def read(found: Detected, loaded: Base, name: str | None, *, allow_pickle: bool,
             raise ModuleError(f"{found.path} belongs to another base than {loaded.name}: {differs}; give the right --base, or --force-base")
         return module, []
     common: dict[str, Any] = {"sites": resolve(loaded.model), "base": print_of, "name": name, "allow_pickle": allow_pickle}
-    if found.format == "adapterhub":
-        module, report = read_adapterhub(found.path, **common)
+    if found.kind == "fusion":
+        module, report = read_fusion(found.path, **common)
+    elif found.format == "adapterhub":
+        module, report = read_adapterhub(found.path, weights=loaded.model.state_dict(), config=loaded.model.config, **common)
     else:
         reader = read_peft if found.format == "peft" else read_sft
         module, report = reader(found.path, weights=loaded.model.state_dict(), **common)
@@ -135,13 +137,16 @@ def read(found: Detected, loaded: Base, name: str | None, *, allow_pickle: bool,
 
 def write(module: Module, folder: Path, to: str, loaded: Base, task_type: str | None) -> Report:
     """Write a module in a peer's format."""
+    from intarsia.patches import Router
     from intarsia.sites import resolve
-    from intarsia.store.convert import write_adapterhub, write_peft, write_sft
+    from intarsia.store.convert import write_adapterhub, write_fusion, write_peft, write_sft
 
     sites = resolve(loaded.model)
+    weights, config = loaded.model.state_dict(), loaded.model.config
+    if to == "adapterhub" and any(isinstance(patch.form, Router) for patch in module.method.patches):
+        return write_fusion(module, folder, sites=sites, model_type=config.model_type)
     if to == "adapterhub":
-        return write_adapterhub(module, folder, sites=sites, model_type=loaded.model.config.model_type)
-    weights = loaded.model.state_dict()
+        return write_adapterhub(module, folder, sites=sites, model_type=config.model_type, weights=weights, config=config)
     if to == "peft":
         return write_peft(module, folder, sites=sites, weights=weights, task_type=task_type, base_name=module.card.base or loaded.name)
     return write_sft(module, folder, sites=sites, weights=weights)

@@ -154,7 +154,8 @@ def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
             raise ModuleError(f"{source}: {key}={config[key]!r}: {reason}")
 
 
-def _site(reading: Reading, slot: str) -> Site:
+def site_of(reading: Reading, slot: str) -> Site:
+    """The sub-layer that a key's front part names."""
     for pattern, site in SLOTS:
         found = pattern.fullmatch(slot)
         if found:
@@ -169,7 +170,7 @@ def _bottlenecks(reading: Reading, config: Mapping[str, Any]) -> None:
     if config.get("inv_adapter"):
         invertible(reading, config)
     for slot, leaves in reading.groups("adapters").items():
-        site = _site(reading, slot)
+        site = site_of(reading, slot)
         lead = f"{slot}.adapters.{reading.name}."
         first = "adapter_down.1" if config["ln_before"] else "adapter_down.0"
         names: dict[str, str] = {}

@@ -47,7 +47,7 @@ def bottlenecks(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[s
     for site, patch, ours in items:
         behind = site.name.endswith(".norm")
         place = sites[site.name.removesuffix(".norm")] if behind else site
-        slot, kind = _slot(place)
+        slot, kind = slot_of(place)
         found, renamed = _bottleneck(writing, site, patch, ours, behind)
         fields.append(found)
         key = (place.stack, int(place.layer or 0))
@@ -88,7 +88,7 @@ def _reduction(hidden: int, width: int) -> float | int:
     return factor
 
 
-def _slot(site: Site) -> tuple[str, str]:
+def slot_of(site: Site) -> tuple[str, str]:
     """Path of the adapters of a sub-layer, and its kind; it must lead back to the site."""
     for pattern, slot in _SLOT_OF:
         found = pattern.fullmatch(site.path)

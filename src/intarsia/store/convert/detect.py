@@ -14,6 +14,7 @@ from intarsia.store.convert.folder import read_config
 
 FormatName = Literal["intarsia", "peft", "adapterhub", "composable-sft"]
 ADAPTER_CONFIG, HEAD_CONFIG, SETUP, DIFF = "adapter_config.json", "head_config.json", "adapter_setup.json", "pytorch_diff.bin"
+FUSION = "adapter_fusion_config.json"
 #: weights by format: the file that is read, and the pickle that stands in its place in older folders
 WEIGHTS: Mapping[str, tuple[str, str]] = {"peft": ("adapter_model.safetensors", "adapter_model.bin"),
                                           "adapterhub": ("adapter.safetensors", "pytorch_adapter.bin")}  # fmt: skip
@@ -45,7 +46,7 @@ def detect(path: str | os.PathLike[str]) -> Detected:
     """
     place = Path(path)
     if place.is_file():
-        known = {ADAPTER_CONFIG, HEAD_CONFIG, SETUP, DIFF, *(name for pair in WEIGHTS.values() for name in pair)}
+        known = {ADAPTER_CONFIG, HEAD_CONFIG, FUSION, SETUP, DIFF, *(name for pair in WEIGHTS.values() for name in pair)}
         return _folder(place.parent) if place.name in known else _file(place)
     if not place.is_dir():
         raise StoreError(f"{place}: no such file or folder")
@@ -65,6 +66,8 @@ def _file(path: Path) -> Detected:
 def _folder(folder: Path) -> Detected:
     if (folder / ADAPTER_CONFIG).is_file():
         return _adapter(folder, read_config(folder, ADAPTER_CONFIG))
+    if (folder / FUSION).is_file():
+        return Detected("adapterhub", folder, "fusion", not (folder / "model_adapter_fusion.safetensors").is_file())
     if (folder / DIFF).is_file():
         return Detected("composable-sft", folder, "sparse difference", pickled=True)
     for name, what in ((SETUP, "a composed setup of AdapterHub"), (HEAD_CONFIG, "a prediction head of AdapterHub without an adapter")):
@@ -76,7 +79,7 @@ def _folder(folder: Path) -> Detected:
 
 def _inside(folder: Path) -> str:
     """The sub-folders that hold something, as a hint."""
-    inner = sorted(p.parent.name for name in (ADAPTER_CONFIG, DIFF) for p in folder.glob(f"*/{name}"))
+    inner = sorted(p.parent.name for name in (ADAPTER_CONFIG, FUSION, DIFF) for p in folder.glob(f"*/{name}"))
     return f"name one of its sub-folders: {listing(inner)}" if inner else ""
 
 
