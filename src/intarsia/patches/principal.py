@@ -89,5 +89,8 @@ class Principal:
         if place.device.type == "meta":
             check_rank(self.rank, torch.empty(shape, device="meta"))
             return RebasedFactor(place.parameter(shape[0], self.rank).data, place.parameter(self.rank, shape[1]).data)
-        up, down = (side.to(place.device, place.dtype).contiguous() for side in self.sides(place.base_weight()))
+        weight = place.base_weight()
+        if tuple(weight.shape) != tuple(shape):
+            raise SpecError(f"{place.site.name}: the weight there is {tuple(weight.shape)}, what starts from it would be {tuple(shape)}")
+        up, down = (side.to(place.device, place.dtype).contiguous() for side in self.sides(weight))
         return RebasedFactor(up, down)

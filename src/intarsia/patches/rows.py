@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from intarsia._codec import register
+from intarsia.errors import SpecError
 from intarsia.patches.delta import same_dtype
 from intarsia.patches.factors import Factor
 from intarsia.patches.init import INITS
@@ -36,5 +37,7 @@ class Rows:
     start: str = "ones"
 
     def build(self, shape: tuple[int, ...], place: Place, init: str = "zeros") -> RowsFactor:
+        if len(shape) != 2:
+            raise SpecError(f"{place.site.name}: a number per row is for a matrix, found the shape {tuple(shape)}")
         out, inner = shape
         return RowsFactor(place.parameter(out, 1, fill=INITS[self.start]), inner)

@@ -49,6 +49,8 @@ class Sketch:
         DRAWS[self.draw]
 
     def build(self, shape: tuple[int, ...], place: Place, init: str = "zeros") -> SketchFactor:
+        if len(shape) != 2:
+            raise SpecError(f"{place.site.name}: a sketch is for a matrix, found the shape {tuple(shape)}")
         out, inner = shape
         size = (self.rank, inner)
         down = place.buffer(size, lambda: DRAWS[self.draw](size, Stream(self.seed, place.label, "down")))
