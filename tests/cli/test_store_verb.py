@@ -38,7 +38,9 @@ def test_the_way_of_a_module(cli: Here, file: Path, tmp_path: Path, place: Path)
     assert cli("store", "show", "swh@best", "--json").ok().json["digest"] == load(file).digest
     assert added["sha256"] in cli("store", "show", added["sha256"][:8]).ok().out
     assert cli("store", "tag", "swh", "good", "--json").ok().json["tag"] == "swh@good"
-    assert cli("store", "verify", "--json").ok().json == {"problems": []}
+    told = cli("store", "verify", "swh@best", "--json").ok().json
+    assert told["problems"] == [] and "licence" in told["cards"]["swh@1"]
+    assert "the card of swh@1 lacks: " in cli("store", "verify").ok().out
     out = tmp_path / "out.safetensors"
     cli("store", "export", "swh@good", str(out)).ok()
     assert out.read_bytes() == file.read_bytes()

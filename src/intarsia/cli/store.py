@@ -115,7 +115,7 @@ def show(console: Console, module: Reference, store: Folder = None) -> None:
 
 
 def verify(console: Console, module: Annotated[str | None, typer.Argument(help="One module; without it, all.")] = None, store: Folder = None) -> None:
-    """Read modules and check every byte, and that what they require is there."""
+    """Read modules and check every byte, that what they require is there, and what their cards lack."""
     from intarsia.store.store import Store
 
     place = Store(store)
@@ -124,7 +124,16 @@ def verify(console: Console, module: Annotated[str | None, typer.Argument(help="
         for problem in problems[1:]:
             console.note(problem)
         raise ModuleError(f"store {place.path}: {len(problems)} problem{'s' * (len(problems) > 1)}: {problems[0]}")
-    console.result({"problems": []}, lambda: console.line("every byte verified"))
+    entries = [entry for entry in place.entries() if entry.header is not None and (module is None or entry.sha256 == place.resolve(module))]
+    lacking = {entry.names[0] if entry.names else entry.sha256[:12]: entry.header.card.missing() for entry in entries if entry.header is not None}
+    lacking = {name: missing for name, missing in lacking.items() if missing}
+
+    def human() -> None:
+        console.line("every byte verified")
+        for name, missing in lacking.items():
+            console.line(f"the card of {name} lacks: {', '.join(missing)}")
+
+    console.result({"problems": [], "cards": lacking}, human)
 
 
 def tag(

@@ -6,7 +6,9 @@
 Everything that one push sends is one commit, made on top of the commit whose names were looked at: if somebody else was faster,
 the Hub refuses it.  Who may read and write is settled by the token that `hf auth login` keeps; it is never read here.
 
-What is not here: making repositories, cards of repositories.
+A repository without a README gets the module's card as one, if the first push is of one module.
+
+What is not here: making repositories.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.errors import StoreError, UsageError
+from intarsia.modules.readme import render
 from intarsia.store.pointers import check_label, check_store_name, decoded, encoded, is_version, pointed
 from intarsia.store.remote import check_hash, check_versions, reaching, too_large
 from intarsia.store.store import Label, Store
 
+README = "README.md"
 _URL = re.compile(r"hf://([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9._/-]{1,100}))?/?")
 
 
@@ -78,6 +82,8 @@ class HubRemote:
             files[f"digests/{source.header(sha256).digest}"] = f"{sha256}\n".encode()
         for each in labels:
             files[f"names/{encoded(each.name)}/{each.label}"] = f"{each.sha256}\n".encode()
+        if README not in self._tree() and len({each.name for each in labels}) == 1:
+            files[README] = render(source.header(labels[0].sha256).card).encode()
         titles = ", ".join(str(each) for each in labels if is_version(each.label))[:200]
         with reaching(self.url):
             done = self._api.create_commit(
