@@ -25,7 +25,6 @@ from intarsia.patches import (
     Head,
     KeptMask,
     LanguageModelHead,
-    Mul,
     MultiMaskLabels,
     OpSpec,
     Ticket,
