@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,26 +17,27 @@ from intarsia.patches import Head
 from tests import zoo
 from tests.host.kit import answer, disturb, run, small
 
-FAMILIES = ("bert", "gpt2", "llama", "t5")
 ADDITIVE = ("lora", "rslora", "lora_plus", "lora_fa", "miss", "adalora", "hira", "loha", "lokr", "gralora", "lora_xs", "svft",
-            "fourierft", "c3a", "full", "freeze_k", "ln", "bitfit", "ia3")  # fmt: skip
+            "fourierft", "c3a", "pissa", "full", "child_tuning_f", "freeze_k", "ln", "bitfit", "ia3",
+            "child_tuning_d", "fish", "lt_sft", "shira", "rosa", "s2ft", "spiel", "diff_pruning")  # fmt: skip
 SCALABLE = (*ADDITIVE, "vera")
 REFUSED = {
     "houlsby": "function of what it reads", "pfeiffer": "function of what it reads", "parallel": "function of what it reads",
-    "prompt": "tokens in front", "prefix": "shared by all sites", "p_tuning_v2": "tokens in front", "dora": "row norms",
+    "prompt": "tokens in front", "prefix": "tokens in front", "p_tuning_v2": "tokens in front", "dora": "row norms",
     "oft": "turns the weight", "road": "turns the weight", "intrinsic": "shared by all sites", "compacter": "shared by all sites",
-    "loreft": "function of what it reads", "vera": "frozen sides",
+    "loreft": "function of what it reads", "vera": "frozen sides", "supermask": "a mask has no sum", "lottery": "takes entries of the base away",
 }  # fmt: skip
 
 
 def pair(family: str, method: str, other: str = "") -> tuple[Host, dict[str, Tensor], Module, Module]:
-    """A host with modules `a` and `b`, and the two as values."""
+    """A host with modules `a` and `b`, and the two as values, in the form that training leaves them in."""
     model, inputs = zoo.make(family)
     host = Host(model)
     for seed, (name, kind) in enumerate((("a", method), ("b", other or method))):
         host.add(name, small(kind, family), seed=seed)
         disturb(host, name, seed)
-    return host, inputs, host.extract("a"), host.extract("b")
+    one, two = (host.extract(name, flatten=host.method(name).policy.flatten) for name in "ab")
+    return host, inputs, one, two
 
 
 def says(host: Host, inputs: dict[str, Tensor], expression: str | None) -> Tensor:
@@ -52,8 +55,11 @@ def same(host: Host, inputs: dict[str, Tensor], module: Module, expression: str 
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ADDITIVE)
+OF_EACH_KIND = ("lora", "hira", "full", "ln", "bitfit", "ia3", "c3a", "lt_sft", "rosa", "s2ft")
+"""Everything is tried on an encoder and on transposed weights; grouped heads, missing biases and a decoder's second attention with these."""
+
+
+@pytest.mark.parametrize(("method", "family"), [*itertools.product(ADDITIVE, ("bert", "gpt2")), *itertools.product(OF_EACH_KIND, ("llama", "t5"))])
 def test_sums_are_the_expression(method: str, family: str) -> None:
     host, inputs, a, b = pair(family, method)
     assert not torch.allclose(says(host, inputs, "a"), says(host, inputs, None), atol=1e-4), "the module does nothing"
@@ -129,6 +135,7 @@ def test_what_is_not_additive_is_refused_with_the_reason(method: str, reason: st
 
 def test_every_method_is_decided() -> None:
     """A method is summed rightly or refused in words: no other error, and no third way."""
+    additive = set()
     for method in METHODS:
         if method == "head":
             continue
@@ -138,7 +145,31 @@ def test_every_method_is_decided() -> None:
         except ModuleError as error:
             assert "use" in str(error) or "take" in str(error), method
         else:
+            additive.add(method)
             same(host, inputs, result, "0.5*a + 0.5*b")
+    assert additive == set(ADDITIVE), "the laws are tried over every additive method"
+
+
+def test_unions_of_entries_stay_entries() -> None:
+    """Two sparse differences are one with the entries of both: no larger than the two, no dense tensor anywhere."""
+    for method in ("lt_sft", "s2ft", "shira", "fish"):
+        _, _, a, b = pair("bert", method)
+        for result in (add(a, b), average([a, b]), subtract(a, b)):
+            assert {key.rpartition(".")[2] for key in result.tensors} == {"index", "values"} and result.n_parameters <= a.n_parameters + b.n_parameters
+        assert add(a, scale(a, 3.0)).n_parameters == a.n_parameters, "the same entries are not stored twice"
+
+
+def test_masks_of_different_seeds_and_columns_of_different_channels() -> None:
+    model, inputs = zoo.make("bert")
+    host = Host(model)
+    for seed, name in enumerate("ab"):
+        host.add(name, build("s2ft", share=0.3, seed=seed, heads=False, inputs=True)).add(f"{name}2", build("shira", rank=2, seed=seed))
+        disturb(host, name, seed)
+        disturb(host, f"{name}2", seed)
+    a, b, c, d = (host.extract(name) for name in ("a", "b", "a2", "b2"))
+    assert any(not torch.equal(t, b.tensors[k]) for k, t in a.tensors.items() if k.endswith("index")), "they choose alike"
+    same(host, inputs, weighted_sum([a, b], [0.5, 2.0]), "0.5*a + 2*b")
+    same(host, inputs, weighted_sum([c, d, a], [1.0, -1.0, 0.5]), "a2 - b2 + 0.5*a")
 
 
 def test_a_product_and_a_sum_at_one_layer_are_refused() -> None:

@@ -106,7 +106,8 @@ def _wanted(host: Host, names: Sequence[str] | None) -> dict[str, Site]:
 
 def _is_map(site: Site, module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return site.port in ("in", "out") and weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    reads = site.port in ("in", "out") or (site.port == "weight" and site.name.endswith(".weight"))
+    return reads and weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
 def _parameter(host: Host, site: Site) -> nn.Parameter:

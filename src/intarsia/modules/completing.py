@@ -63,9 +63,11 @@ def complete(card: Card, statements: Mapping[str, Any]) -> Card:
         elif field == "recipe":
             card = replace(card, recipe={**card.recipe, rest: value})
         elif field in _LISTS:
-            card = replace(card, **{field: _several(card, field, value)})
+            several: Any = {field: _several(card, field, value)}
+            card = replace(card, **several)
         else:
-            card = replace(card, **{field: _text(field, value)})
+            text: Any = {field: _text(field, value)}
+            card = replace(card, **text)
     return card
 
 

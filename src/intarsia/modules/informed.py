@@ -18,7 +18,8 @@ from torch import Tensor
 from intarsia.errors import ModuleError, UsageError, listing
 from intarsia.modules.merging import Place, changes_of, from_changes, places_of, shares_of
 from intarsia.modules.module import Module
-from intarsia.modules.terms import Term
+from intarsia.modules.terms import Term, kind_of
+from intarsia.patches import Columns, Sparse
 
 
 def fisher(
@@ -48,7 +49,7 @@ def fisher(
         shape = next(found[place][1].shape for found in changes if place in found)
         top, whole = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         for module, share, found, known in zip(modules, shares, changes, statistics):
-            importance = _known(module, known, term.site, shape)
+            importance = _importance(module, known, term, shape)
             if bool((importance < 0).any()):
                 raise UsageError(f"Fisher statistics of {module.name!r} at {term.site} are negative; they are squares of gradients")
             importance = share * (importance.double() + floor)
@@ -68,7 +69,7 @@ def regmean(
     name: str | None = None,
     head: str | None = None,
 ) -> Module:
-    """(sum D_i G_i) (sum G_i)^-1 for every matrix; vectors and multipliers are averaged.
+    """(sum D_i G_i) (sum G_i)^-1 for every matrix; vectors, multipliers, embeddings and chosen entries are averaged.
 
     Args:
         statistics: per module, by the name of a site, the Gram matrix X^T X [d_in, d_in] of the layer's inputs with that module.
@@ -86,7 +87,8 @@ def regmean(
     result: dict[Place, tuple[Term, Tensor]] = {}
     for place, term in places_of(changes).items():
         value = next(found[place][1] for found in changes if place in found)
-        if term.form != "affine" or term.relative:
+        heard = term.form == "affine" or any(term.site in known for known in statistics)  # an embedding has no inputs to multiply
+        if not heard or term.relative or value.dim() != 2 or kind_of(term.factor) is not None:
             mean = sum((s * f[place][1] for s, f in zip(shares, changes) if place in f), torch.zeros_like(value)) / sum(shares)
             result[place] = (term, mean)
             continue
@@ -111,6 +113,18 @@ def _solved(top: Tensor, whole: Tensor) -> Tensor:
 def _one_each(modules: Sequence[Module], statistics: Sequence[Mapping[str, Tensor]]) -> None:
     if isinstance(statistics, Mapping) or len(statistics) != len(modules):
         raise UsageError(f"{len(modules)} modules and {len(statistics)} sets of statistics: give one for each module ({listing(m.name for m in modules)})")
+
+
+def _importance(module: Module, known: Mapping[str, Tensor], term: Term, shape: Sequence[int]) -> Tensor:
+    """The Fisher statistics at a place; of single entries those of the whole tensor, where they are."""
+    found = known.get(term.site)
+    if found is None or not isinstance(term.factor, Sparse | Columns):
+        return _known(module, known, term.site, shape)
+    index, axis = term.tensors["index"].long(), 1 if isinstance(term.factor, Columns) and not term.factor.rows else 0
+    flat = found.reshape(-1) if isinstance(term.factor, Sparse) else found
+    if flat.dim() <= axis or (len(index) and flat.shape[axis] <= int(index[-1])):
+        raise UsageError(f"statistics of {module.name!r} at {term.site} have shape {tuple(found.shape)}; an entry that is changed lies beyond that")
+    return _known(module, {term.site: flat.index_select(axis, index)}, term.site, shape)
 
 
 def _known(module: Module, known: Mapping[str, Tensor], site: str, shape: Sequence[int]) -> Tensor:

@@ -1,7 +1,9 @@
 """Merging that looks at single entries: `ties`, `dare`, `magnitude`, `sparse_union`, and `svd` to a lower rank with its residual.
 
 All work on the changes of the weights, multiplied out (`dense`); their results are as large as the weights they change.
-Factors whose matrix follows from a seed and the layer's shape cannot be multiplied out without the model and are refused.
+Where all modules change chosen entries or columns only, the work is done on the entries that any of them has, and so is the
+result: sparse modules stay sparse, and a share of the entries is one of those.  Factors whose matrix follows from a seed
+and the layer's shape cannot be multiplied out without the model and are refused.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,20 +19,39 @@ from torch import Tensor
 from intarsia.errors import ModuleError, UsageError
 from intarsia.modules.arithmetic import add, assemble, check_together, check_weights, combine
 from intarsia.modules.module import Module
-from intarsia.modules.terms import Term, patches_from, terms
-from intarsia.patches import Blocks, Core, Dense, Diag, FactorSpec, Free, Hadamard, Kron, KronPair, LowRank, Sum
+from intarsia.modules.terms import Term, kind_of, on_entries, patches_from, scattered, terms, united
+from intarsia.patches import (
+    Blocks,
+    Columns,
+    Core,
+    Dense,
+    Diag,
+    FactorSpec,
+    Free,
+    Hadamard,
+    Kron,
+    KronPair,
+    LowRank,
+    Sparse,
+    Sum,
+)
 from intarsia.patches.seeded import Stream
 
 Scope = Literal["module", "tensor"]
 Place = tuple[str, str]
 
 
-def matrix(factor: FactorSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+def matrix(factor: FactorSpec, tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
     """The tensor a factor stands for, in single precision or better.
+
+    Args:
+        shape: of the tensor, which a factor of some of its entries does not know.
 
     Raises:
         ModuleError: it follows from more than the tensors (a seed, the layer's shape).
     """
+    if isinstance(factor, Sparse | Columns) and shape is not None:
+        return scattered(factor, tensors, shape)
     wide = {leaf: t.to(torch.promote_types(t.dtype, torch.float32)) for leaf, t in tensors.items()}
     if isinstance(factor, Dense):
         return wide["value"]
@@ -49,8 +70,14 @@ def matrix(factor: FactorSpec, tensors: Mapping[str, Tensor]) -> Tensor:
         parts = [matrix(factor.factor, _below(wide, f"parts.{i}")) for i in range(factor.rows * factor.columns)]
         return torch.cat([torch.cat(parts[i : i + factor.columns], 1) for i in range(0, len(parts), factor.columns)])
     if isinstance(factor, Hadamard | Sum):
-        several = torch.stack([matrix(part, _below(wide, f"parts.{i}")) for i, part in enumerate(factor.parts)])
+        members = [(part, _below(wide, f"parts.{i}")) for i, part in enumerate(factor.parts)]
+        shape = shape or next((tuple(matrix(f, held).shape) for f, held in members if kind_of(f) is None), None)
+        several = torch.stack([matrix(f, held, shape) for f, held in members])
         return several.prod(0) if isinstance(factor, Hadamard) else several.sum(0)
+    if kind_of(factor) is not None:
+        raise ModuleError(
+            "single entries meet whole columns or rows here, and how large the tensor is does not follow from the modules; use add, average or scale"
+        )
     raise ModuleError(
         f"the matrix of a {type(factor).__name__.lower()!r} factor follows from its seed and the layer's shape and not from the module alone; "
         "use add, average or scale, which do not multiply it out"
@@ -61,21 +88,57 @@ def _below(tensors: Mapping[str, Tensor], lead: str) -> dict[str, Tensor]:
     return {leaf.removeprefix(f"{lead}."): t for leaf, t in tensors.items() if leaf.startswith(f"{lead}.")}
 
 
-def _changes(module: Module) -> dict[Place, tuple[Term, Tensor]]:
-    """Every change of a module multiplied out, with the term it stands at."""
-    found: dict[Place, tuple[Term, Tensor]] = {}
-    for term, _ in combine([(1.0, term) for term in terms(module)]):
-        found[term.site, term.form] = (term, matrix(term.factor, term.tensors) * term.scale)
+def aligned(modules: Sequence[Module]) -> list[dict[Place, tuple[Term, Tensor]]]:
+    """Every change of each module multiplied out, with the term it stands at; equal places have values of equal shape.
+
+    A place is a whole tensor, or the entries (columns, rows) that any of the modules holds there: then the term's factor says
+    which, by `index`.  A change beside a layer (`Affine`) and one of its weight (`Matrix`) are changes of the same matrix.
+    """
+    found: list[dict[Place, Any]] = [{(t.site, t.form): t for t, _ in combine([(1.0, term) for term in terms(module)])} for module in modules]
+    places = {place: term for at in found for place, term in at.items()}
+    for at in found:
+        for (site, form), term in list(at.items()):
+            other = places.get((f"{site}.weight", "matrix"))
+            if form == "affine" and other is not None and term.patch.port == "out" and not (term.relative or other.relative):
+                moved = replace(at.pop((site, form)), site=other.site, form="matrix", patch=other.patch)
+                if (other.site, "matrix") in at:
+                    moved = combine([(1.0, moved), (1.0, at[other.site, "matrix"])])[0][0]
+                at[other.site, "matrix"] = moved
+    for place in {place: None for at in found for place in at}:
+        _align(place, [at for at in found if place in at])
     return found
 
 
+def _align(place: Place, found: Sequence[dict[Place, Any]]) -> None:
+    """Replace the terms at a place by terms with values of one shape."""
+    here = [at[place] for at in found]
+    kinds = {kind_of(term.factor) for term in here}
+    if None not in kinds and len(kinds) == 1:
+        index = united([term.tensors for term in here])
+        for at, term in zip(found, here):
+            value = on_entries(term.factor, term.tensors, index) * term.scale
+            factor = Sparse() if isinstance(term.factor, Sparse) else term.factor
+            at[place] = (replace(term, factor=factor, scale=1.0, tensors={"index": index}), value)
+        return
+    whole = [term for term in here if kind_of(term.factor) is None]
+    shape = tuple(matrix(whole[0].factor, whole[0].tensors).shape) if whole else None
+    for at, term in zip(found, here):
+        at[place] = (replace(term, factor=Dense()), matrix(term.factor, term.tensors, shape) * term.scale)
+
+
 def from_changes(modules: Sequence[Module], values: Mapping[Place, tuple[Term, Tensor]], name: str | None, head: str | None, operation: str, **settings: object) -> Module:
-    """A module of dense changes, with the head that a sum of the modules would have."""
+    """A module of dense or sparse changes (as `aligned` gives them), with the head that a sum of the modules would have."""
     found = []
     for term, value in values.values():
-        new = replace(term, factor=Dense(), scale=1.0, tensors={"value": value})
+        tensors = {"value": value}
+        if isinstance(term.factor, Sparse):
+            kept = value != 0
+            tensors = {"index": term.tensors["index"][kept], "values": value[kept]}
+        elif isinstance(term.factor, Columns):
+            tensors = {"index": term.tensors["index"], "values": value}
+        new = replace(term, scale=1.0, tensors=tensors)
         found.append((new, (new,)))
-    patches, tensors = patches_from(found)
+    patches, whole = patches_from(found)
     heads = [m for m in modules if m.method.head is not None]
     if head is None and len(heads) > 1:
         raise UsageError(f"several modules have a head; name the one the result has: head={heads[0].name!r}")
@@ -85,13 +148,13 @@ def from_changes(modules: Sequence[Module], values: Mapping[Place, tuple[Term, T
     if owner is not None:
         patch = next(p for p in owner.method.patches if p.port == "logits")
         patches = (*patches, patch)
-        tensors |= {k: t for k, t in owner.tensors.items() if k.partition("/")[2].startswith(f"{patch.name}.")}
-    return assemble(modules, patches, tensors, None if owner is None else owner.labels, name, operation, settings)
+        whole |= {k: t for k, t in owner.tensors.items() if k.partition("/")[2].startswith(f"{patch.name}.")}
+    return assemble(modules, patches, whole, None if owner is None else owner.labels, name, operation, settings)
 
 
 def dense(module: Module, *, name: str | None = None) -> Module:
-    """The same module with every change multiplied out."""
-    return from_changes([module], _changes(module), name, None, "dense")
+    """The same module with every change multiplied out; chosen entries stay such."""
+    return from_changes([module], aligned([module])[0], name, None, "dense")
 
 
 def _check_share(what: str, value: float, low: bool = False) -> None:
@@ -124,7 +187,7 @@ def magnitude(module: Module, keep: float, *, scope: Scope = "module", name: str
         scope: the largest of the whole module, or of each tensor.
     """
     _check_share("keep", keep)
-    values = _changes(module)
+    values = aligned([module])[0]
     kept = _trimmed({place: value for place, (_, value) in values.items()}, keep, scope)
     return from_changes([module], {place: (term, kept[place]) for place, (term, _) in values.items()}, name, None, "magnitude", keep=keep, scope=scope)
 
@@ -136,9 +199,14 @@ def dare(module: Module, drop: float, seed: int = 0, *, name: str | None = None)
     """
     _check_share("drop", drop, low=True)
     values = {}
-    for place, (term, value) in _changes(module).items():
-        stays = Stream(seed, "dare", *place).uniform(value.numel()).view(value.shape) >= drop
-        values[place] = (term, value * stays / (1.0 - drop))
+    for place, (term, value) in aligned([module])[0].items():
+        stream = Stream(seed, "dare", *place)
+        if isinstance(term.factor, Sparse):  # the draw of each entry is that of a whole tensor
+            index = term.tensors["index"].long()
+            drawn = stream.uniform(int(index[-1]) + 1)[index] if len(index) else value.double()
+        else:
+            drawn = stream.uniform(value.numel()).view(value.shape)
+        values[place] = (term, value * (drawn >= drop) / (1.0 - drop))
     return from_changes([module], values, name, None, "dare", drop=drop, seed=seed)
 
 
@@ -222,7 +290,7 @@ def changes_of(modules: Sequence[Module], head: str | None) -> list[dict[Place, 
     """The changes of modules that go together; refuses others in the words of a sum."""
     check_together(modules)
     add(*modules, head=head or next((m.name for m in modules if m.method.head is not None), None))
-    return [_changes(module) for module in modules]
+    return aligned(modules)
 
 
 def places_of(changes: Sequence[Mapping[Place, tuple[Term, Tensor]]]) -> dict[Place, Term]:
@@ -237,17 +305,18 @@ def places_of(changes: Sequence[Mapping[Place, tuple[Term, Tensor]]]) -> dict[Pl
 def svd(module: Module, rank: int, *, name: str | None = None) -> tuple[Module, float]:
     """The nearest module of a rank, and how far it is: ||W - W_r|| / ||W|| over all its matrices (Frobenius).
 
-    Changes that have no higher rank, vectors and multipliers stay as they are.
+    Changes that have no higher rank, vectors, multipliers and chosen entries stay as they are.
     """
     if rank < 1:
         raise UsageError(f"rank must be at least 1, found {rank}")
     found, lost, whole = [], 0.0, 0.0
     for term, sources in combine([(1.0, term) for term in terms(module)]):
         new = term
-        if term.form == "affine":
+        if kind_of(term.factor) is None and term.form != "const":
             value = matrix(term.factor, term.tensors).double()
             whole += float((value * term.scale).square().sum())
-            if not (isinstance(term.factor, LowRank) and term.factor.rank <= rank) and min(value.shape) > rank:
+            small = isinstance(term.factor, LowRank) and term.factor.rank <= rank
+            if value.dim() == 2 and not small and not term.relative and min(value.shape) > rank:
                 u, s, vt = torch.linalg.svd(value, full_matrices=False)
                 root = s[:rank].sqrt()
                 lost += float((s[rank:] * term.scale).square().sum())

@@ -3,8 +3,9 @@
 A term is what one patch does at one site, seen as `scale * F` with a factor F whose tensor enters linearly: a change of a
 layer's weight (`Affine`, `Matrix` under `Add`), of its bias or output (`Const` under `Add`), or the relative change of its
 rows or columns (`Mul`, `Gain`; a multiplier v stands for the relative change v - 1).  Nothing is multiplied out: low-rank
-products are laid side by side (rank r1 + r2), dense tensors are added, and any other factors become a `Sum`.  Each factor has
-one leaf in which it is linear, and weights go there.
+products are laid side by side (rank r1 + r2), dense tensors are added, chosen entries and columns stay the entries and
+columns that any of them has, and any other factors become a `Sum`.  Each factor has one leaf in which it is linear, and
+weights go there.
 
 What is not a sum of changes of weights has no terms and is refused with the reason.
 """
@@ -26,6 +27,7 @@ from intarsia.patches import (
     Affine,
     Blocks,
     Circulant,
+    Columns,
     Concat,
     Const,
     Core,
@@ -35,24 +37,32 @@ from intarsia.patches import (
     Fourier,
     Gain,
     Hadamard,
+    HardConcrete,
+    KeptMask,
     Kron,
     KronPair,
     LowRank,
     Matrix,
     Mul,
     Pattern,
+    Principal,
     Renorm,
     Rot,
     Seeded,
     Sketch,
+    Sparse,
     Sum,
+    Ticket,
+    TopMask,
 )
 
 Form = Literal["affine", "matrix", "const"]
 _LEAF: Mapping[type, str] = {Dense: "value", LowRank: "up", Sketch: "up", Diag: "value", Fourier: "value", Circulant: "kernel",
-                             KronPair: "up", Pattern: "value"}  # fmt: skip
+                             KronPair: "up", Pattern: "value", Sparse: "values", Columns: "values"}  # fmt: skip
 _SAME_BASIS = (Dense, Fourier, Circulant, Diag, Sketch)
 """Factors that are linear in all they store: equal specifications add tensor by tensor."""
+_NOT_PLAIN = (Principal, HardConcrete)
+"""Factors that `extract(..., flatten=True)` turns into others."""
 _ADVICE = "use an expression instead, e.g. '0.5*a + 0.5*b'"
 
 
@@ -126,6 +136,8 @@ def _why_not(patch: Patch, alone: bool) -> str | None:
         return "tokens in front of the sequence or of a memory are no change of a weight, and half of one is no half change"
     if isinstance(form, Renorm):
         return "its row norms depend on the base's weight, so that changes do not add up"
+    if isinstance(form, Ticket):
+        return "it takes entries of the base away and moves those that stay, which is no change of its own"
     if isinstance(op, Rot):
         return "it turns the weight, and rotations multiply instead of adding"
     if isinstance(form, Const):
@@ -133,6 +145,8 @@ def _why_not(patch: Patch, alone: bool) -> str | None:
     if isinstance(form, Affine | Matrix):
         if isinstance(form, Affine) and form.read != "input":
             return "it maps the layer's output, so that what it changes depends on the modules before it"
+        if isinstance(form.factor, TopMask | KeptMask):
+            return "it says which weights count, and a mask has no sum with other changes"
         if isinstance(op, Mul) and not isinstance(form.factor, Dense):
             return f"a multiplier given by {type(form.factor).__name__} has no relative change of the same kind"
         return None if alone and isinstance(form.factor, Core) else why_not_linear(form.factor)
@@ -154,9 +168,9 @@ def why_not_linear(factor: FactorSpec) -> str | None:
     if type(factor) in _LEAF:
         return None
     what = type(factor).__name__.lower()
-    return f"a {what!r} factor is not plain yet; take the module with host.extract(name, flatten=True)" if hasattr(
-        factor, "start"
-    ) else f"a {what!r} factor has no tensor that enters linearly"
+    if isinstance(factor, _NOT_PLAIN):
+        return f"a {what!r} factor is not plain yet; take the module with host.extract(name, flatten=True)"
+    return f"a {what!r} factor has no tensor that enters linearly"
 
 
 def weighted(factor: FactorSpec, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
@@ -188,33 +202,79 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def total(parts: Sequence[tuple[float, FactorSpec, Mapping[str, Tensor]]]) -> tuple[FactorSpec, dict[str, Tensor]]:
-    """sum of weight * F as one factor: low-rank ones side by side, equal bases added, the rest as a `Sum`."""
-    ranks = [p for p in parts if isinstance(p[1], LowRank)]
+    """sum of weight * F as one factor: low-rank ones side by side, equal bases added, entries united, the rest as a `Sum`."""
     found: list[tuple[FactorSpec, dict[str, Tensor]]] = []
-    if ranks:
-        scaled = [weighted(f, t, w) for w, f, t in ranks]
-        up, down = torch.cat([_wide(t["up"]) for t in scaled], 1), torch.cat([_wide(t["down"]) for t in scaled], 0)
-        first = ranks[0][1]
-        assert isinstance(first, LowRank)
-        found.append((LowRank(up.shape[1], first.down_init), {"up": up, "down": down}))
     for weight, factor, tensors in parts:
-        if isinstance(factor, LowRank):
-            continue
         now = weighted(factor, tensors, weight)
-        same = next((i for i, (other, _) in enumerate(found) if other == factor and isinstance(factor, _SAME_BASIS)), None)
-        if same is None:
-            found.append((factor, now))
+        for i, (other, held) in enumerate(found):
+            both = _together(other, held, factor, now)
+            if both is not None:
+                found[i] = both
+                break
         else:
-            found[same] = (factor, {leaf: _wide(tensor) + _wide(now[leaf]) for leaf, tensor in found[same][1].items()})
-    if len(found) == 1:
-        return found[0]
-    dense = next((i for i, (f, _) in enumerate(found) if isinstance(f, Dense)), None)
-    if dense is not None and found[0][0].__class__ is LowRank:  # a product beside a whole matrix saves nothing
-        low = found.pop(0)[1]
-        found[dense - 1] = (Dense(), {"value": found[dense - 1][1]["value"] + low["up"] @ low["down"]})
+            found.append((factor, now))
+    dense = next((held for f, held in found if isinstance(f, Dense)), None)
+    if dense is not None:  # beside a whole tensor a product or some entries of it save nothing
+        value, rest = _wide(dense["value"]), []
+        for factor, held in found:
+            if isinstance(factor, LowRank):
+                value = value + _wide(held["up"]) @ _wide(held["down"])
+            elif isinstance(factor, Sparse | Columns):
+                value = value + scattered(factor, held, tuple(value.shape))
+            elif not isinstance(factor, Dense):
+                rest.append((factor, held))
+        found = [(Dense(), {"value": value}), *rest] if len(found) > 1 else found
     if len(found) == 1:
         return found[0]
     return Sum(tuple(f for f, _ in found)), {f"parts.{i}.{leaf}": t for i, (_, ts) in enumerate(found) for leaf, t in ts.items()}
+
+
+def _together(
+    one: FactorSpec, first: Mapping[str, Tensor], other: FactorSpec, second: Mapping[str, Tensor]
+) -> tuple[FactorSpec, dict[str, Tensor]] | None:
+    """Two factors as one of the same kind, None where there is none."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        up, down = (torch.cat([_wide(first[leaf]), _wide(second[leaf])], axis) for leaf, axis in (("up", 1), ("down", 0)))
+        return LowRank(up.shape[1], one.down_init), {"up": up, "down": down}
+    if one == other and isinstance(one, _SAME_BASIS):
+        return one, {leaf: _wide(tensor) + _wide(second[leaf]) for leaf, tensor in first.items()}
+    if kind_of(one) is not None and kind_of(one) == kind_of(other):
+        index = united([first, second])
+        values = sum(on_entries(one, held, index) for held in (first, second))
+        assert isinstance(values, Tensor)
+        return (Sparse() if isinstance(one, Sparse) else one), {"index": index, "values": values}
+    return None
+
+
+def kind_of(factor: FactorSpec) -> tuple[type, bool] | None:
+    """What entries a factor holds (single ones, columns or rows), None if it holds whole tensors."""
+    if isinstance(factor, Sparse | Columns):
+        return type(factor), isinstance(factor, Columns) and factor.rows
+    return None
+
+
+def united(held: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The entries that any of some factors of one kind holds, rising."""
+    index = torch.cat([tensors["index"].long() for tensors in held]).unique()
+    wide = any(tensors["index"].dtype == torch.int64 for tensors in held)
+    return index if wide else index.to(torch.int32)
+
+
+def on_entries(factor: FactorSpec, tensors: Mapping[str, Tensor], index: Tensor) -> Tensor:
+    """A factor's values on more entries than it holds, zero on the others; single precision or better."""
+    axis = 1 if isinstance(factor, Columns) and not factor.rows else 0
+    values = _wide(tensors["values"])
+    shape = (*values.shape[:axis], len(index), *values.shape[axis + 1 :])
+    places = torch.searchsorted(index.long(), tensors["index"].long())
+    return values.new_zeros(shape).index_copy(axis, places, values)
+
+
+def scattered(factor: FactorSpec, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The whole tensor of a factor that holds some entries of it."""
+    if isinstance(factor, Columns):
+        return on_entries(factor, tensors, torch.arange(shape[0 if factor.rows else 1]))
+    values = _wide(tensors["values"])
+    return values.new_zeros(shape).view(-1).index_copy(0, tensors["index"].long(), values).view(shape)
 
 
 def layer_of(site: str) -> str:

@@ -7,6 +7,7 @@ changes nothing it computes; here their positions are kept instead, so what is s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intarsia._codec import register
-from intarsia.errors import SpecError
+from intarsia.errors import ModuleError, SpecError
 from intarsia.patches.delta import same_dtype
 from intarsia.patches.factors import Factor
 from intarsia.patches.init import INITS
@@ -39,6 +40,22 @@ class ColumnsFactor(Factor):
         if not self.rows:
             return F.linear(x[..., self.index.long()], self.values)
         return x.new_zeros(*x.shape[:-1], self.length).index_copy(-1, self.index.long(), F.linear(x, self.values))
+
+    def adopt(self, leaves: Mapping[str, Tensor]) -> None:
+        """Make room for stored leaves, whose channels need not be as many as those of a fresh factor.
+
+        Raises:
+            ModuleError: they are not channels of this matrix and values for each.
+        """
+        index, values = leaves["index"], leaves["values"]
+        axis = 0 if self.rows else 1
+        shape = tuple(len(index) if i == axis else size for i, size in enumerate(self.values.shape))
+        if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool or values.shape != shape:
+            raise ModuleError(f"channels need a vector of positions and values of shape {shape}, found {tuple(index.shape)} {index.dtype} and {tuple(values.shape)}")
+        if len(index) and (int(index[0]) < 0 or int(index[-1]) >= self.length or not bool((index[1:] > index[:-1]).all())):
+            raise ModuleError(f"positions of channels must rise and lie below {self.length}")
+        self.index = index.to(self.index.device, self.index.dtype)
+        self.values = nn.Parameter(torch.zeros(shape, dtype=self.values.dtype, device=self.values.device), self.values.requires_grad)
 
     def materialise(self) -> Tensor:
         shape = (self.length, self.values.shape[1]) if self.rows else (self.values.shape[0], self.length)
