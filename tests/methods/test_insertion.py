@@ -40,6 +40,48 @@ def test_pfeiffer_made_parallel_is_the_parallel_adapter(family: str) -> None:
     assert torch.equal(p, q) and not torch.allclose(p, kit.reference(family), atol=1e-3)
 
 
+TRANSFERS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "parallel made sequential is Houlsby's after the FFN": (
+        ("parallel", {"insertion": "sequential", "scale": 1, "width": 4}),
+        ("houlsby", {"at": "ffn", "activation": "relu", "width": 4, "norms": False}),
+    ),
+    "parallel at the heads is the multi-head adapter": (("parallel", {"at": "attn.heads", "scale": 1, "width": 4}), ("mh_parallel", {"width": 4})),
+    "Houlsby made parallel and scaled, at the FFN": (
+        ("houlsby", {"insertion": "parallel", "at": "ffn", "activation": "relu", "width": 4, "norms": False, "scale": 4}),
+        ("parallel", {"width": 4}),
+    ),
+    "a scaled LoRA is one of another alpha": (("lora", {"rank": 2, "alpha": 8}), ("lora", {"rank": 2, "alpha": 8.0})),
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("name", list(TRANSFERS))
+def test_elements_exchanged_give_the_other_method(family: str, name: str) -> None:
+    """What two papers differ in is one element: with it exchanged and the same tensors, their outputs are the same bits."""
+    model, inputs = zoo.make(family)
+    host = Host(model)
+    found = []
+    for key, (method, settings) in zip("ab", TRANSFERS[name]):
+        host.add(key, build(method, **settings))
+    kit.disturb(host, "a")
+    with_tensors(host, "b", "a")
+    for key in "ab":
+        with host.using(key):
+            found.append(kit.run(model, inputs))
+    assert torch.equal(*found) and not torch.allclose(found[0], kit.reference(family), atol=1e-3)
+
+
+def test_every_element_is_a_setting_of_the_command_line() -> None:
+    """As text, as `--set` gives it."""
+    from intarsia.cli.options import parse_settings
+
+    words = ["insertion=parallel", "scale=4", "at=attn", "norm=out", "layers=-1:", "learn_scale=true"]
+    settings = parse_settings(words, METHODS["pfeiffer"])
+    assert build("pfeiffer", **settings).patches == build(
+        "pfeiffer", insertion="parallel", scale=4, at="attn", norm="out", layers="-1:", learn_scale=True
+    ).patches
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [({"at": "attn"}, False), ({"insertion": "parallel"}, False), ({"scale": 2.0}, False), ({"residual": "none"}, False),
