@@ -384,3 +384,27 @@ def test_backends_that_fail_name_the_remote(monkeypatch: pytest.MonkeyPatch, sto
     with pytest.raises(StoreError, match="remote memory://strange: Strange: no answer"):
         push(store, remote, ["other"])
     assert remotes.LOCAL == ("file", "local", "memory")
+
+
+def test_nothing_but_a_remote_opens_a_connection(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving, loading and everything a store does work without a network (peft asks the Hub while it saves, huggingface/peft#1452)."""
+    import socket
+
+    from intarsia.modules import load, save
+    from intarsia.store.transfer import bundle, take
+
+    def refuse(*words: Any, **_: Any) -> None:
+        raise AssertionError(f"network was used: {words}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    save(module(7, name="seven"), tmp_path / "seven.safetensors")
+    assert load(tmp_path / "seven.safetensors").digest == module(7).digest
+    store.add(tmp_path / "seven.safetensors")
+    bundle(store, tmp_path / "all.tar", everything=True)
+    other = Store(tmp_path / "other")
+    take(other, tmp_path / "all.tar")
+    push(other, open_remote(str(tmp_path / "third")), everything=True)
+    assert other.verify() == [] and Store(tmp_path / "third").names() == store.names() and store.find(language="swh")
