@@ -33,6 +33,7 @@ from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.adapterhub_heads import HEAD_CONFIG, read_head
 from intarsia.store.convert.adapterhub_kinds import Reading, activation, hypercomplex, invertible, prefixes, prompts, refts
+from intarsia.store.convert.adapterhub_legacy import modern, renamed
 from intarsia.store.convert.adapterhub_lora import loras
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
@@ -68,7 +69,7 @@ _PREFIX = {"cross_prefix", "encoder_prefix", "flat", "leave_out", "non_linearity
 _PROMPT = {"combine", "prompt_init", "prompt_init_text", "prompt_length", "random_uniform_scale"}
 _REFT = {"layers", "non_linearity", "orthogonality", "output_reft", "prefix_positions", "r", "suffix_positions", "tied_weights"}
 FIELDS: Mapping[str, set[str]] = {"bottleneck": _BOTTLENECK, "lora": _LORA, "prefix_tuning": _PREFIX, "prompt_tuning": _PROMPT, "reft": _REFT}
-TOP = {"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+TOP = {"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "type", "version"}
 
 
 def read_adapterhub(
@@ -79,6 +80,7 @@ def read_adapterhub(
     name: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
     config: Any = None,
+    subtract: bool | None = None,
     allow_pickle: bool = False,
 ) -> tuple[Module, Report]:
     """Read `adapter_config.json` and `adapter.safetensors`, and the head beside them.
@@ -89,6 +91,8 @@ def read_adapterhub(
         name: of the module; None for the adapter's.
         weights: `model.state_dict()`, for language-model heads (tied or not) and heads of a model class of transformers.
         config: `model.config`, for what heads leave to the model (epsilon of norms, dropout).
+        subtract: whether an edit (ReFT) subtracts what stood in its subspace: False for a DiReFT, which files do not tell from a
+            NoReFT; None for what adapters makes of the file.
         allow_pickle: where there is only `pytorch_adapter.bin`, open it in a restricted process (with a warning).
 
     Raises:
@@ -96,28 +100,26 @@ def read_adapterhub(
         ModuleError: a field, method or tensor that is not understood, or a layer that the model lacks.
     """
     with sound(os.fspath(folder)):
-        return _read(Path(folder), sites, base, name, weights, config, allow_pickle)
+        return _read(Path(folder), sites, base, name, weights, config, subtract, allow_pickle)
 
 
 def _read(
-    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None, model: Any, allow_pickle: bool
+    folder: Path, sites: SiteMap, base: Fingerprint, name: str | None, weights: Mapping[str, Tensor] | None, model: Any, subtract: bool | None, allow_pickle: bool
 ) -> tuple[Module, Report]:
     raw = read_config(folder, CONFIG)
     source = str(folder / CONFIG)
     unknown = [key for key in raw if key not in TOP]
-    version = raw.get("version")
-    if unknown or not isinstance(version, str) or not version.startswith("adapters."):
-        what = f"unknown fields {listing(unknown)}" if unknown else f"version {version!r}"
-        raise ModuleError(f"{source}: {what}; files of adapters 1.x are read. Load an older one there and save it again")
-    config, adapter = raw.get("config"), raw.get("name")
-    if not isinstance(config, dict) or not isinstance(adapter, str) or not adapter:
-        raise ModuleError(f"{source}: 'config' is an object and 'name' a string, found {str(config)[:40]!r} and {adapter!r}")
-    tensors = {key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()}
+    if unknown:
+        raise ModuleError(f"{source}: unknown fields {listing(unknown)}{nearest(unknown[0], TOP)}")
+    raw, note = modern(raw, source)
+    config, adapter, version = raw["config"], raw.get("name"), str(raw.get("version") or "adapter-transformers")
+    if not isinstance(adapter, str) or not adapter:
+        raise ModuleError(f"{source}: 'name' is a string, found {adapter!r}")
+    tensors = renamed({key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()})
     modules = [key.partition(f".loras.{adapter}.")[0] for key in tensors if f".loras.{adapter}." in key]
-    reading = Reading(adapter, Paths(sites, modules), sites, tensors)
+    reading = Reading(adapter, Paths(sites, modules), sites, tensors, subtract=subtract)
+    reading.notes |= {note: None} if note else {}
     parts = config["configs"] if config.get("architecture") == "union" else [config]
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise ModuleError(f"{source}: 'configs' of a union is a list of objects")
     kinds = [str(part.get("architecture") or "bottleneck") for part in parts]
     if len(set(kinds)) != len(kinds):
         raise ModuleError(f"{source}: a union of {listing(kinds)}; two of one kind cannot be told apart by their keys")

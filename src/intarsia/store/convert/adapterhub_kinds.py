@@ -36,7 +36,7 @@ _BLOCKS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?
 #: where a prompt stands
 COMBINE: Mapping[str, str] = {"prefix": "start", "prefix_after_bos": "after_first"}
 _NETWORK = ("wte.weight", "control_trans.0.weight", "control_trans.0.bias", "control_trans.2.weight", "control_trans.2.bias")
-_STORED_DIREFT = "the file does not say whether R h is subtracted (DiReFT does not): read as adapters itself reads it, with the subtraction"
+_STORED_DIREFT = "the file does not say whether R h is subtracted (DiReFT does not): read as adapters itself reads it, with the subtraction (subtract=False for a DiReFT)"
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Reading:
 
     Attributes:
         tied: tensors that all sites share, by our key.
+        subtract: what the user says of edits, see `read_adapterhub`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Reading:
     tied: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, None] = field(default_factory=dict)
     carried: int = 0
+    subtract: bool | None = None
 
     def take(self, key: str) -> Tensor:
         """A tensor, taken from the file's."""
@@ -233,7 +235,7 @@ def refts(reading: Reading, config: Mapping[str, Any]) -> None:
     first, last, tied = int(config["prefix_positions"]), int(config["suffix_positions"]), bool(config["tied_weights"])
     if config["non_linearity"] is not None or not config["output_reft"]:
         raise ModuleError(f"reft with non_linearity={config['non_linearity']!r}, output_reft={config['output_reft']!r} is not read")
-    form = SubspaceEdit(int(config["r"]), first, last, tied=tied, orthonormal=bool(config["orthogonality"]), dropout=float(config["dropout"]))
+    form = SubspaceEdit(int(config["r"]), first, last, tied=tied, subtract=reading.subtract is not False, orthonormal=bool(config["orthogonality"]), dropout=float(config["dropout"]))
     for slot in reading.groups("reft_layer.refts"):
         site, lead = _block(reading, slot), f"{slot}.reft_layer.refts.{reading.name}.units."
         units = {"edit": 0} if tied else {"first": 0, "last": 1}
@@ -251,7 +253,7 @@ def refts(reading: Reading, config: Mapping[str, Any]) -> None:
         reading.pieces.append(Piece(site.name, "edit", form, Add(), "out", ours))
     if any(site.stack == "decoder" for site in reading.sites.values()):
         reading.notes["adapters edits the first tokens of the decoder's text; here only those of its prompt, so outputs differ behind the start token"] = None
-    if not form.orthonormal:
+    if not form.orthonormal and reading.subtract is None:
         reading.notes[_STORED_DIREFT] = None
 
 

@@ -72,13 +72,12 @@ def _at_layers(writing: Writing, leaves: Sequence[tuple[Site, dict[str, Tensor]]
     cross: dict[tuple[str, int], set[str]] = {}
     forward: dict[tuple[str, int], set[str]] = {}
     fused: dict[str, dict[str, dict[str, Tensor]]] = {}
-    gated = any(site.name.endswith("ffn.gate") for site in sites.values())
     swapped = writing.model_type in _SWAPPED
     for site, own in leaves:
         parts = site.name.split(".")
         sublayer, word = (parts[-2], parts[-1]) if len(parts) > 1 else ("", "")
-        if site.layer is None or (sublayer, word) not in _PLACES or (sublayer == "ffn" and gated and not swapped):
-            raise ModuleError(f"{site.name}: only q, k and v and, in models without a gate, both feed-forward layers are written; adapters names others differently from model to model")
+        if site.layer is None or (sublayer, word) not in _PLACES:
+            raise ModuleError(f"{site.name}: only q, k and v and both feed-forward layers (up, down) have a LoRA in adapters")
         {"attn": words, "xattn": cross, "ffn": forward}[sublayer].setdefault((site.stack, site.layer), set()).add(word)
         if site.view is not None:
             fused.setdefault(site.path, {})[word] = own
