@@ -38,11 +38,13 @@ class Options:
         max_length: pieces per input; None for what tokenizer and model allow, at most 512.
         normalise: Unicode form of texts, labels and references.
         padding: side of the padding. Absolute positions count from the left, so `left` is for models with relative ones.
+        context: columns that modules hear of, per row: `task=corpus, lang=language`, for routers and modules that ask for them.
     """
 
     max_length: int | None = None
     normalise: str = "NFC"
     padding: Literal["right", "left"] = "right"
+    context: str = ""
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741

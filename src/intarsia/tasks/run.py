@@ -21,7 +21,7 @@ from intarsia.tasks.metrics import Score
 from intarsia.tasks.registry import bind
 from intarsia.train.batches import evaluation_batches
 from intarsia.train.evaluation import answered
-from intarsia.train.task import Batch, Features, Prediction, Rows
+from intarsia.train.task import Batch, Features, Prediction, Rows, with_context
 
 if TYPE_CHECKING:
     from intarsia.host import Host
@@ -133,7 +133,7 @@ def _run(
         labelled = False
     bind(task, host.model)
     with fixed_draws(task):
-        features = task.features(table, labelled=labelled)
+        features = with_context(task, task.features(table, labelled=labelled), table)
     found: list[Prediction] = []
     done = 0
 

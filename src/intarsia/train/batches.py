@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from intarsia.train.order import Item, Pieces
 from intarsia.train.rng import kept, seed_of
-from intarsia.train.task import Batch, Features, Task
+from intarsia.train.task import Batch, Features, Task, batch_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ def collated(task: Task, features: Sequence[Features], chosen: Sequence[int], ep
         try:
             if hasattr(task, "epoch"):
                 task.epoch = epoch
-            return task.collate([features[i] for i in chosen])
+            members = [features[i] for i in chosen]
+            return {**task.collate(members), **batch_context(members)}
         finally:
             if hasattr(task, "epoch"):
                 task.epoch = before

@@ -20,7 +20,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,18 @@ class Checkpoint:
             return None
         return load(self.path / (BEST if BEST in self.files else MODULE))
 
+    def along(self, name: str) -> Module:
+        """A module that is trained along, after this step."""
+        return load(self.path / along_file(self._others(), name))
+
+    def best_along(self, name: str) -> Module:
+        """The same at the best evaluation so far."""
+        file = along_file(self._others(), name, best=True)
+        return load(self.path / file) if file in self.files else self.along(name)
+
+    def _others(self) -> list[str]:
+        return list(self.plan.get("along", {}))
+
     def run_state(self) -> dict[str, Any]:
         """What `loop.py` counts."""
         state: dict[str, Any] = read_json(self.path / "run_state.json")
@@ -79,6 +91,11 @@ class Checkpoint:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise TrainingError(f"{path}: not a file of tensors and plain values, it is not read: {error}") from error
+
+
+def along_file(others: Sequence[str], name: str, best: bool = False) -> str:
+    """Name of the file of a module that is trained along; modules' own names are not always names of files."""
+    return f"{'best-' if best else ''}along-{list(others).index(name)}.safetensors"
 
 
 def folder(run: Path, step: int) -> Path:

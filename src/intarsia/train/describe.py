@@ -46,10 +46,10 @@ def described(
         requires=tuple(sorted({*module.requires, *(host.extract(other).digest for other in others)})),
         context={**module.context, CONTEXT: task.settings()},
     )
-    return module.with_card(_card(module, task, train_table, dev_table, recipe, expression, run, device))
+    return module.with_card(card_of(module, task, train_table, dev_table, recipe, expression, run, device))
 
 
-def _card(
+def card_of(
     module: Module,
     task: Task,
     train_table: Table,
@@ -59,6 +59,7 @@ def _card(
     run: Run,
     device: torch.device,
 ) -> Card:
+    """A module's card with what a training knows."""
     tables = [train_table] if dev_table is None else [train_table, dev_table]
     used: dict[str, object] = recipe.values()
     resolved = rates(run.host.method(run.name), recipe)
@@ -83,7 +84,7 @@ def _card(
         method=module.method.name,
         recipe=used,
         metrics=(*old.metrics, *metrics),
-        cost=Cost(round(run.seconds, 3), device_name(device), run.trainable, module.nbytes),
+        cost=Cost(round(run.seconds, 3), device_name(device), sum(p.numel() for p in {id(p): p for p in run.host.parameters(module.name).values()}.values()), module.nbytes),
         warnings=tuple(dict.fromkeys((*old.warnings, *run.warnings))),
     )
 

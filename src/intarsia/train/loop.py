@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from intarsia.train import rng
 from intarsia.train.allocator import pages_kept
 from intarsia.train.calibrate import calibrate
 from intarsia.train.checkpoint import Checkpoint
-from intarsia.train.describe import described
+from intarsia.train.describe import card_of, described
 from intarsia.train.evaluation import distributed
 from intarsia.train.frozen import Frozen, restored
 from intarsia.train.lock import locked
@@ -45,11 +45,12 @@ from intarsia.train.rates import rates
 from intarsia.train.recipe import Recipe
 from intarsia.train.run import Run, put_tensors
 from intarsia.train.signals import Interrupted, Stop, stopping
-from intarsia.train.task import Features, Task
-from intarsia.train.trunk import Trunk, trunk
+from intarsia.train.task import Features, Task, with_context
+from intarsia.train.trunk import Trunk, Without, trunk
 
 MODULE = "module.safetensors"
 EXPLORE = "explore"
+ALONG = "along"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Result:
         best_step: the step the module is from.
         warnings: what the user should know.
         path: the module's file; None without a run directory.
+        others: modules that were trained along, by name.
     """
 
     module: Module
@@ -75,6 +77,7 @@ class Result:
     best_step: int
     warnings: tuple[str, ...] = ()
     path: Path | None = None
+    others: Mapping[str, Module] = field(default_factory=dict)
 
 
 def train(
@@ -87,12 +90,13 @@ def train(
     recipe: Recipe | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     expression: Expr | str | None = None,
+    along: Mapping[str, float | None] | Sequence[str] = (),
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Train one module of a host on a table.
+    """Train one module of a host on a table, or several of an expression.
 
     Args:
         host: carries the module (`Host.add`), and whatever else the expression names.
@@ -103,6 +107,9 @@ def train(
         recipe: hyper-parameters; None for the defaults.
         run_dir: where checkpoints, log, curve and module go; None writes nothing and cannot be resumed.
         expression: what runs while training, e.g. `"swh >> ner"`; None for the module alone.
+        along: other modules of the expression that are trained too, with a learning rate each (None for their method's):
+            the skills under a router, a language module under a task. Their penalties count; phases and step rules of their
+            methods are for modules that are trained alone.
         resume: go on from the newest complete checkpoint of the run directory.  A finished run gives its result again.
         progress: see `intarsia.train.progress`; None says nothing.
         callbacks: `transformers.TrainerCallback` objects.
@@ -118,7 +125,8 @@ def train(
     recipe = recipe or Recipe()
     progress = progress or Quiet()
     chosen: Expr = Ref(name) if expression is None else expr(expression)
-    _check(host, name, task, chosen, recipe)
+    also = dict(along) if isinstance(along, Mapping) else dict.fromkeys(along)
+    _check(host, name, task, chosen, recipe, also)
     folder = None if run_dir is None else Path(run_dir)
     if folder is None and resume:
         raise UsageError("resume=True needs the run directory of the run to go on with (run_dir)")
@@ -137,11 +145,19 @@ def train(
         stack.enter_context(restored(host))
         stack.enter_context(pages_kept(host.model.device.type == "cpu"))
         stop = stack.enter_context(stopping())
-        return _train(host, name, task, train_table, dev_table, recipe, folder, chosen, resume, progress, callbacks, config, stop)
+        return _train(host, name, task, train_table, dev_table, recipe, folder, chosen, also, resume, progress, callbacks, config, stop)
 
 
-def _check(host: Host, name: str, task: Task, expression: Expr, recipe: Recipe) -> None:
+def _check(host: Host, name: str, task: Task, expression: Expr, recipe: Recipe, also: Mapping[str, float | None]) -> None:
     """Refuse what cannot be trained, before anything is read or written."""
+    for other in also:
+        policy = host.method(other).policy
+        if other == name or other not in names(expression):
+            raise UsageError(f"along={other!r}: what is trained along is another module of the expression {expression}{nearest(other, names(expression))}")
+        if policy.program or policy.steps or policy.gradients or policy.drop_layers:
+            raise UsageError(f"along={other!r}: its method {host.method(other).name!r} has phases or step rules of its own; train it alone")
+    if also and host.method(name).policy.program:
+        raise UsageError(f"{name!r} ({host.method(name).name}) is trained in phases, alone; without along=")
     method = host.method(name)
     if name not in names(expression):
         raise UsageError(f"the expression {expression} does not name the module {name!r} that is to be trained{nearest(name, names(expression))}")
@@ -183,7 +199,8 @@ def _look(folder: Path, resume: bool) -> Result | None:
     if module.digest != kept["digest"]:
         raise TrainingError(f"{path} is not the module that this run gave: digest {module.digest[:12]}, {kept['digest'][:12]} was written")
     history = tuple(records.read_history(folder))
-    return Result(module, history, kept["metrics"], kept["seconds"], kept["steps"], kept["best_step"], tuple(kept["warnings"]), path)
+    others = {name: load(along_path(folder, name)) for name in facts.get("along", {})}
+    return Result(module, history, kept["metrics"], kept["seconds"], kept["steps"], kept["best_step"], tuple(kept["warnings"]), path, others)
 
 
 def _train(
@@ -195,6 +212,7 @@ def _train(
     recipe: Recipe,
     folder: Path | None,
     expression: Expr,
+    also: Mapping[str, float | None],
     resume: bool,
     progress: Progress,
     callbacks: Sequence[Any],
@@ -224,11 +242,13 @@ def _train(
     with tempfile.TemporaryDirectory(prefix="intarsia-") as spare:  # the Trainer wants a folder and writes nothing there
         args = arguments(recipe, device, total, spare)
         main = args.process_index == 0
-        plan = _plan(host, name, task, train_table, dev_table, recipe, expression, total, args.world_size)
+        plan = _plan(host, name, task, train_table, dev_table, recipe, expression, total, args.world_size, also)
         begun = folder is not None and (not program or (folder / checkpoints.FOLDER).is_dir())
         found = _resumed(folder, plan, progress) if resume and folder is not None and begun else None
         if found is not None:
             put_tensors(host, name, found.module())
+            for other in also:
+                put_tensors(host, other, found.along(other))
         record = records.Record(folder if main else None, _facts(host, name, plan, recipe, device, args.world_size, config, resume, folder))
         run = Run(
             host, name, task, recipe, expression, dev_table, dev_features, record, per_epoch, total, progress if main else Quiet(), found
@@ -245,17 +265,18 @@ def _train(
             rng.seed_all("calibrate", recipe.seed)
             calibrate(host, name, task, features, expression=expression, rows=recipe.calibration_rows, seed=recipe.seed,
                       batch_size=recipe.eval_batch_size)  # fmt: skip
-        host.trainable(name)
+        host.trainable(name, *also)
+        run.also = tuple(also)
         sizes = lengths(features, task.keys)
         order = Pieces(sizes, recipe.batch_size, recipe.accumulation, recipe.seed, recipe.group_by_length, args.process_index, args.world_size)
-        frozen = Frozen(host, name)
-        begins = trunk(host, name, task, features, expression, recipe, total, head=run.head, folder=folder)
+        frozen = Frozen(host, name, *also)
+        begins = trunk(host, name, task, features, expression, recipe, total, head=run.head, folder=folder) if not also else Without("several modules are trained")
         kept = begins if isinstance(begins, Trunk) else None
         if kept is not None:
             run.progress.note(f"trunk: {kept}")
         trainer = ModuleTrainer(
             host, name, task, Loader(task, features, order), recipe, args, expression=expression, head=run.head, watch=run,
-            stop=stop, plan=plan, folder=folder, callbacks=callbacks, trunk=kept,
+            stop=stop, plan=plan, folder=folder, callbacks=callbacks, trunk=kept, also=also,
         )  # fmt: skip
         rng.seed_all("train", recipe.seed, args.process_index)  # the Trainer has seeded all processes alike
         record.write(status="running", trainable=run.trainable, total_steps=total,
@@ -313,7 +334,7 @@ def _explore(
 
 
 def _features(task: Task, table: Table, what: str) -> Sequence[Features]:
-    features = task.features(table)
+    features = with_context(task, task.features(table), table)
     if not features:
         raise DataError(f"no {what} examples: the table has {len(table)} rows, the task made none of them ({dict(task.counts)})")
     return features
@@ -333,10 +354,13 @@ def _plan(
     expression: Expr,
     total: int,
     world: int,
+    also: Mapping[str, float | None],
 ) -> dict[str, Any]:
     """What defines the run: if any of it differs, going on from a checkpoint would be another training."""
-    others = {other: host.extract(other).digest for other in sorted(names(expression)) if other != name}
+    others = {other: host.extract(other).digest for other in sorted(names(expression)) if other != name and other not in also}
+    along = {other: {"method": encode(host.method(other)), "learning_rate": rate} for other, rate in also.items()}
     return {
+        **({"along": along} if along else {}),
         "name": name,
         "method": encode(host.method(name)),
         "task": {"settings": task.settings(), "labels": list(host.labels(name) or ())},
@@ -422,17 +446,25 @@ def _finish(
     if dev_table is None:
         run.settle()
     run.restore_best()
+    for other in run.also:
+        policy = host.method(other).policy
+        card = card_of(host.extract(other, flatten=policy.flatten), task, train_table, dev_table, recipe, expression, run, device)
+        host.describe(other, card=card)
     module = described(host, name, task, train_table, dev_table, recipe, expression, run, device)
     host.describe(name, context=module.context, requires=module.requires, card=module.card)
     path = None
     if folder is not None:
         path = folder / MODULE
         save(module, path)
+        for other in run.also:
+            (folder / ALONG).mkdir(exist_ok=True)
+            save(host.extract(other), along_path(folder, other))
         _draw(folder, run, name, task)
         checkpoints.remove(folder)
         shutil.rmtree(folder / EXPLORE, ignore_errors=True)
     result = Result(
-        module, tuple(run.record.history), run.metrics, run.seconds, steps, run.best_step or steps, tuple(run.warnings), path
+        module, tuple(run.record.history), run.metrics, run.seconds, steps, run.best_step or steps, tuple(run.warnings), path,
+        {other: host.extract(other) for other in run.also},
     )
     kept = {"digest": module.digest, "metrics": run.metrics, "seconds": run.seconds, "steps": steps, "best_step": result.best_step,
             "warnings": list(run.warnings)}  # fmt: skip
@@ -440,6 +472,11 @@ def _finish(
     for text in run.warnings:
         warnings.warn(text, UserWarning, stacklevel=4)
     return result
+
+
+def along_path(folder: Path, name: str) -> Path:
+    """Where a finished run has a module that was trained along."""
+    return folder / ALONG / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
 
 
 def _draw(folder: Path, run: Run, name: str, task: Task) -> None:

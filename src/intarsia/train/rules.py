@@ -52,6 +52,11 @@ class Rules:
         found = [stage for rule in self.policy.steps if hasattr(rule, "stages") for stage in rule.stages(self.total)]
         return sorted(found, key=lambda stage: stage.begin)
 
+    @property
+    def due(self) -> bool:
+        """Whether this step's penalty is still to come."""
+        return self._due
+
     def penalty(self) -> Tensor | None:
         """The terms that the method adds to the loss, [], once per step on every process: gradients are averaged over these."""
         if not self._due:

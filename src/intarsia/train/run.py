@@ -19,7 +19,7 @@ from intarsia.errors import TrainingError, listing
 from intarsia.host import Host
 from intarsia.modules import Module, save
 from intarsia.train import rng
-from intarsia.train.checkpoint import BEST, MODULE, Checkpoint, save_json
+from intarsia.train.checkpoint import BEST, MODULE, Checkpoint, along_file, save_json
 from intarsia.train.collapse import only_answer
 from intarsia.train.evaluation import evaluate
 from intarsia.train.progress import Progress
@@ -73,6 +73,8 @@ class Run:
         self.last: dict[str, Any] | None = None
         self.without_gain = 0
         self.best_module: Module | None = None
+        self.also: tuple[str, ...] = ()
+        self.best_along: dict[str, Module] = {}
         self.train_features: Sequence[Features] = ()
         self._seconds = 0.0
         self._began: float | None = None
@@ -85,6 +87,8 @@ class Run:
         self.best, self.last, self.without_gain = state["best"], state["last"], state["without_gain"]
         self._seconds = state["seconds"]
         self.best_module = found.best() if self.best is not None and self.recipe.select_best else None
+        if self.best_module is not None:
+            self.best_along = {other: found.best_along(other) for other in found.plan.get("along", {})}
         self.record.rewind(state["history"])
 
     def begin(self) -> None:
@@ -146,6 +150,7 @@ class Run:
             self.best, self.without_gain = self.last, 0
             if self.recipe.select_best:
                 self.best_module = self.host.extract(self.name)
+                self.best_along = {other: self.host.extract(other) for other in self.also}
         elif step >= trainer.rules.settled:
             self.without_gain += 1
         loss = None if found.loss is None else finite(found.loss)
@@ -181,8 +186,12 @@ class Run:
     def saved(self, trainer: Any, path: Path) -> None:
         """The module, the best one and the run's state, into a checkpoint's folder."""
         save(self.host.extract(self.name), path / MODULE)
+        for other in self.also:
+            save(self.host.extract(other), path / along_file(self.also, other))
         if self.best_module is not None and self.best is not None and self.best["step"] != trainer.state.global_step:
             save(self.best_module, path / BEST)
+            for other, module in self.best_along.items():
+                save(module, path / along_file(self.also, other, best=True))
         save_json(
             path / "run_state.json",
             {"best": self.best, "last": self.last, "without_gain": self.without_gain, "seconds": self.seconds, "history": self.record.history},
@@ -221,6 +230,8 @@ class Run:
         """Put the best tensors back into the host."""
         if self.recipe.select_best and self.best_module is not None:
             put_tensors(self.host, self.name, self.best_module)
+            for other, module in self.best_along.items():
+                put_tensors(self.host, other, module)
 
 
 def put_tensors(host: Host, name: str, module: Module) -> None:

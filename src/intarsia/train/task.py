@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from intarsia.errors import UsageError, listing, nearest
 from intarsia.methods.method import HeadSpec
 
 Batch = dict[str, Any]
@@ -111,7 +112,38 @@ class Task(Protocol):
         """Metrics with bootstrap intervals: name -> Score(value, low, high, n) of `intarsia.tasks.metrics`."""
 
 
+CONTEXT = "context"
+"""Entry of features and batches: what the table says of a row to the modules, by key of the call's context."""
+
+
 def context_of(task: Task, batch: Batch) -> dict[str, Any]:
-    """What a task says of a batch to the forms of a module (its hook `context`)."""
+    """What a task says of a batch to the forms of a module (its hook `context`), and what columns of the table say."""
     tell = getattr(task, "context", None)
-    return {} if tell is None else dict(tell(batch))
+    return {**batch.get(CONTEXT, {}), **({} if tell is None else dict(tell(batch)))}
+
+
+def with_context(task: Task, features: Sequence[Features], table: Rows) -> Sequence[Features]:
+    """Features with what columns of the table say of their rows (the task's option `context`, e.g. `task=corpus, lang=language`).
+
+    Raises:
+        UsageError: the option is not a list of key=column, or the table lacks a column.
+    """
+    asked = getattr(getattr(task, "options", None), "context", "")
+    if not asked:
+        return features
+    columns: dict[str, Sequence[str]] = {}
+    for pair in asked.split(","):
+        key, equals, column = (part.strip() for part in pair.partition("="))
+        if not equals or not key.isidentifier() or key in columns:
+            raise UsageError(f"the task's context={asked!r} is a list of KEY=COLUMN with different keys, e.g. task=corpus,lang=language")
+        if column not in table.names:
+            raise UsageError(f"the task's context={asked!r}: the table has no column {column!r}{nearest(column, table.names)}; it has {listing(table.names)}")
+        columns[key] = [str(cell) for cell in table[column]]
+    return [{**feature, CONTEXT: {key: cells[feature["row"]] for key, cells in columns.items()}} for feature in features]
+
+
+def batch_context(features: Sequence[Features]) -> dict[str, Any]:
+    """The same of a batch: a value per feature, by key; nothing where features say nothing."""
+    if not features or CONTEXT not in features[0]:
+        return {}
+    return {CONTEXT: {key: [feature[CONTEXT][key] for feature in features] for key in features[0][CONTEXT]}}

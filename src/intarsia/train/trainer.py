@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -168,6 +169,7 @@ class ModuleTrainer(Trainer):
         folder: run directory; None writes no checkpoints.
         callbacks: of the user.
         trunk: the states below the first trained block, where they are kept.
+        also: other modules that are trained, with a learning rate each (None for their method's).
     """
 
     optimizer: Any
@@ -190,7 +192,9 @@ class ModuleTrainer(Trainer):
         folder: Path | None,
         callbacks: Sequence[TrainerCallback] = (),
         trunk: Trunk | None = None,
+        also: Mapping[str, float | None] | None = None,
     ) -> None:
+        self.also = dict(also or {})
         self.host = host
         self.name = name
         self.task = task
@@ -207,7 +211,7 @@ class ModuleTrainer(Trainer):
         self._bad: tuple[float, tuple[int, ...]] | None = None
         self._rows: tuple[int, ...] = ()
         self.rules = Rules(host, name, recipe.seed, args.max_steps)
-        self.step_module = Step(host, expression, head, task, recipe.precision, self.rules.penalty)
+        self.step_module = Step(host, expression, head, task, recipe.precision, self._penalty)
         self.step_module.__dict__["trunk"] = trunk
         hooks = _Hooks()
         super().__init__(
@@ -275,18 +279,25 @@ class ModuleTrainer(Trainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
+    def _penalty(self) -> Tensor | None:
+        """What the methods of all trained modules add to the loss, once per step."""
+        due = self.rules.due
+        found = [self.rules.penalty(), *(self.host.penalty(other) for other in self.also if due)]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
     def _modes(self) -> None:
-        """Training mode: the trained module always, the base if the recipe says so, other modules never."""
+        """Training mode: trained modules always, the base if the recipe says so, other modules never."""
         self.host.model.train(self.recipe.base_dropout)
         for name in self.host.names:
             for _, deltas in self.host.deltas(name):
                 for delta in deltas:
-                    delta.train(name == self.name)
+                    delta.train(name == self.name or name in self.also)
 
     def check_finite(self) -> None:
         """Before the optimiser's step: stop on a loss or gradient that is not finite, on every process."""
         self.used_rates = self.learning_rates()
-        gradients = [p.grad for p in self.host.parameters(self.name).values() if p.grad is not None]
+        gradients = [p.grad for name in (self.name, *self.also) for p in self.host.parameters(name).values() if p.grad is not None]
         finite = not gradients or bool(torch.stack([torch.isfinite(g).all() for g in gradients]).all())
         if finite and self._bad is None:
             return
@@ -301,9 +312,11 @@ class ModuleTrainer(Trainer):
     # -- optimiser -----------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW or SGD over the trained module's parameters and nothing else."""
+        """AdamW or SGD over the trained modules' parameters and nothing else."""
         if self.optimizer is None:
             groups = optimiser_groups(self.host, self.name, self.recipe)
+            for name, rate in self.also.items():
+                groups += optimiser_groups(self.host, name, replace(self.recipe, learning_rate=rate))
             if self.recipe.optimiser == "sgd":
                 self.optimizer = torch.optim.SGD(groups)
             else:
