@@ -7,6 +7,7 @@ import errno
 import hashlib
 import itertools
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -161,6 +162,7 @@ def test_find(store: Store) -> None:
     put("kab", ("kab-Latn",), base="other")
     put("both", ("pt-BR", "deu"))
     put("role", (), roles={"language": "yor"})
+    put("old", ("iw",))  # a code that is not used any more
 
     def found(**asked: Any) -> set[str]:
         return {name.partition("@")[0] for entry in store.find(**asked) for name in entry.names}
@@ -170,9 +172,9 @@ def test_find(store: Store) -> None:
     assert found(language="ara") == {"arb", "arz"} and found(language="arb") == {"arb"} and found(language="arz") == {"arz"}
     assert found(language="kab") == found(language="kab-Latn") == {"kab"} and found(language="kab-Tfng") == set()
     assert found(language="por") == {"both"} and found(language="pt-PT") == set() and found(language="de") == {"both"}
-    assert found(language="yo") == {"role"}
-    assert found(base="other") == {"kab"} and len(found(base="bert")) == 7
-    assert len(found(method="lora")) == 7 and found(method="pfeiffer") == set()
+    assert found(language="yo") == {"role"} and found(language="iw") == found(language="heb") == {"old"}
+    assert found(base="other") == {"kab"} and len(found(base="bert")) == 8
+    assert len(found(method="lora")) == 8 and found(method="pfeiffer") == set()
     for wrong in ("gibberishx", "zzq", "xqz", ""):
         with pytest.raises(UsageError, match="not a registered language"):
             store.find(language=wrong)
@@ -476,3 +478,6 @@ def kill_at(call: str, step: int) -> None:
         return real(*arguments, **named)
 
     setattr(os, call, counted)
+    accessor = getattr(pathlib, "_NormalAccessor", None)  # Python 3.10 keeps functions of its own
+    if hasattr(accessor, call):
+        setattr(accessor, call, staticmethod(counted))

@@ -88,7 +88,7 @@ def test_lineage_of_a_merged_module(store: Store) -> None:
     assert gone.sha256 is None and "not in this store" in str(gone) and str(there) == "b@1"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=8))
 def test_any_relation_is_drawn_to_its_end(tmp_path_factory: pytest.TempPathFactory, edges: list[tuple[int, int]]) -> None:
     """Cards can say anything, circles too: every module is drawn out once, and the walk ends."""

@@ -51,11 +51,13 @@ def api(hub: Hub) -> Any:
     return HfApi(endpoint=hub.endpoint, token="hf_test")
 
 
-@pytest.fixture(params=["folder", "memory", "hub"])
+@pytest.fixture(params=["folder", "file", "memory", "hub"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Remote]:
     """A new look at the same remote, at each call."""
     if request.param == "folder":
         return lambda: FolderRemote(tmp_path / "remote")
+    if request.param == "file":  # not a store with a lock, but a file system of fsspec like any other
+        return lambda: FileSystemRemote(f"file://{tmp_path / 'remote'}")
     if request.param == "memory":
         url = f"memory://{uuid.uuid4().hex}"
         return lambda: FileSystemRemote(url)

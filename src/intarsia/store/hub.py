@@ -13,9 +13,10 @@ What is not here: making repositories.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class HubRemote:
         if README not in self._tree() and len({each.name for each in labels}) == 1:
             files[README] = render(source.header(labels[0].sha256).card).encode()
         titles = ", ".join(str(each) for each in labels if is_version(each.label))[:200]
-        with reaching(self.url):
+        with reaching(self.url), _silent():
             done = self._api.create_commit(
                 self._repository, [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in sorted(files.items())],
                 commit_message=f"Modules {titles}", repo_type="model", revision=self._revision, parent_commit=self._commit,
@@ -117,8 +118,22 @@ class HubRemote:
             raise StoreError(f"remote {self.url}: no file {path}")
         if size > limit:
             raise too_large(self.url, path.rpartition("/")[2], size, limit)
-        with reaching(self.url), tempfile.TemporaryDirectory(prefix="intarsia-") as folder:
+        with reaching(self.url), _silent(), tempfile.TemporaryDirectory(prefix="intarsia-") as folder:
             got = Path(self._api.hf_hub_download(self._repository, path, repo_type="model", revision=self._commit, local_dir=folder))
             if got.stat().st_size > limit:
                 raise too_large(self.url, path.rpartition("/")[2], got.stat().st_size, limit)
             return got.read_bytes()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without progress bars: a pointer of 65 bytes needs none."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
