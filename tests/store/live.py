@@ -84,9 +84,10 @@ def make(case: Case, family: str, folder: Path, seed: int = 0) -> Tensor:
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config).eval()
         noise = torch.Generator().manual_seed(seed)
-        for _, parameter in wrapped.named_parameters():
+        for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
-                parameter.data.add_(case.std * torch.randn(parameter.shape, generator=noise))
+                step = case.std * torch.randn(parameter.shape, generator=noise)
+                parameter.data.add_(step - step.mT if "boft_R" in name else step)  # what training gives: a skew matrix from zeros
         result = logits(wrapped, inputs)
         wrapped.save_pretrained(str(folder))
     return result
@@ -145,11 +146,12 @@ CASES: dict[str, Case] = {
     "oft": Case("OFTConfig", {"oft_block_size": 8}),
     "oft-exact": Case("OFTConfig", {"oft_block_size": 8, "use_cayley_neumann": False}),
     "oft-shared": Case("OFTConfig", {"oft_block_size": 8, "block_share": True}),
-    "boft": Case("BOFTConfig", {"boft_block_size": 4}, same=False),
+    "boft": Case("BOFTConfig", {"boft_block_size": 4}),
     "boft-butterfly": Case("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, same=False),
     "hra": Case("HRAConfig", {"r": 4}),
+    "hra-odd": Case("HRAConfig", {"r": 3}),
+    "hra-gs": Case("HRAConfig", {"r": 4, "apply_GS": True}),
     "miss": Case("MissConfig", {"r": 4}),
-    "miss-bat": Case("MissConfig", {"r": 4, "init_weights": "bat"}),
     "miss-mini": Case("MissConfig", {"r": 4, "mini_r": 2, "init_weights": "mini"}),
     "fourierft": Case("FourierFTConfig", {"n_frequency": 20, "scaling": 100.0}, std=0.3),
     "c3a": Case("C3AConfig", {"block_size": 8}),
@@ -162,9 +164,8 @@ CASES: dict[str, Case] = {
     "shira": Case("ShiraConfig", {"r": 2}),
     "randlora": Case("RandLoraConfig", {"r": 4}),
     "vblora": Case("VBLoRAConfig", {"r": 2, "num_vectors": 8, "vector_length": 8}),
-    "waveft": Case("WaveFTConfig", {"n_frequency": 40}),
     "beft": Case("BeftConfig", {}),
-    "supertuning": Case("SuperTuningConfig", {}),
+    "supertuning": Case("SupertuningConfig", {}),
     "tokens": Case("TrainableTokensConfig", {"token_indices": TOKENS}, lambda f: {"target_modules": [EMBEDDING[f]]}, std=0.5),
     "ln": Case("LNTuningConfig", {}, lambda f: {"target_modules": NORMS[f]}),
     "prompt": Case("PromptTuningConfig", {"num_virtual_tokens": 4}, no_target),
@@ -172,7 +173,7 @@ CASES: dict[str, Case] = {
     "p-tuning-lstm": Case("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"}, no_target),
     "prefix": Case("PrefixTuningConfig", {"num_virtual_tokens": 4}, no_target),
     "prefix-projected": Case("PrefixTuningConfig", {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 16}, no_target),
+    "cartridge": Case("CartridgeConfig", {"num_virtual_tokens": 4, "num_frozen_tokens": 1}, no_target, families=("llama", "gpt2")),
     "cpt": Case("CPTConfig", {"cpt_token_ids": [5, 6, 7, 8], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]}, no_target, families=("llama", "gpt2")),
     "llama-adapter": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, no_target, families=("llama",)),
-    "mpt": Case("MultitaskPromptTuningConfig", {"num_virtual_tokens": 4, "num_tasks": 2, "num_ranks": 1}, no_target),
 }

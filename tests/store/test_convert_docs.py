@@ -23,7 +23,7 @@ def test_every_registered_kind_has_a_row() -> None:
 
 
 def test_rows_say_what_is_written() -> None:
-    special = {"LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "TRAINABLE_TOKENS"}
+    special = {"LN_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE", "TRAINABLE_TOKENS"}
     written = {kind.peft_type for kind in KINDS if kind.write is not None} | special & set(DEFAULTS)
     assert {row.kind for row in FORMATS["peft"] if row.writes} == written
 

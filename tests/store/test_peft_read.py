@@ -151,8 +151,8 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize(("config", "message"), [
     ({"use_qalora": True}, "use_qalora='True' changes"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    ({"target_parameters": ["experts"]}, "target_parameters"), ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ({"a_new_field": 1}, "no field 'a_new_field'"), ({"peft_type": "LORE"}, "did you mean 'LORA'"), ({"init_lora_weights": "pissa"}, "base's own weights"),
+    ({"target_parameters": ["experts"]}, "target_parameters"),
+    ({"a_new_field": 1}, "no field 'a_new_field'"), ({"peft_type": "LORE"}, "did you mean 'LORA'"), ({"init_lora_weights": "loftq"}, "changes the base's own weights"),
     ({"r": 8}, "rank 8"), ({"rank_pattern": {".*q_proj": 2}}, "regular expression"),
     ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "lacks 2 of 6 layers"),
 ])  # fmt: skip

@@ -30,12 +30,13 @@ REVERSIBLE = ("lora", "lora_dora", "lora_rslora_bias", "lora_lorabias", "ia3", "
 SMALL: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3, "alpha": 5.0}, "rslora": {"rank": 3}, "dora": {"rank": 3}, "adalora": {"rank": 3}, "ia3": {}, "loha": {"rank": 3},
     "lokr": {"rank": 2, "at": "attn.q"}, "oft": {"block": 8}, "hra": {"count": 4}, "miss": {"rank": 4}, "hira": {"rank": 3}, "c3a": {"block": 8},
-    "road": {"group": 8}, "fourierft": {"count": 20, "stream": "torch"}, "ln": {}, "lora_plus": {"rank": 2},
+    "road": {"group": 8}, "fourierft": {"count": 20, "stream": "torch"}, "ln": {}, "lora_plus": {"rank": 2}, "vera": {"rank": 4, "start": 1.0},
+    "gralora": {"rank": 4}, "shira": {"rank": 2}, "boft": {"block": 8}, "bitfit": {"at": "attn.{q,v}.bias"}, "lt_sft": {"density": 0.1, "at": "attn.{q,v}.weight"},
 }  # fmt: skip
 FAMILIES = ("bert", "gpt2", "llama", "t5")
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
 #: GPT-2's queries, keys and values are one layer, of which peft knows no part
-FUSED = ("dora", "ia3", "loha", "lokr", "oft", "hra", "miss", "hira", "c3a", "road", "fourierft")
+FUSED = ("dora", "ia3", "loha", "lokr", "oft", "boft", "hra", "miss", "hira", "c3a", "road", "fourierft", "gralora")
 
 
 def made(family: str, method: Method) -> tuple[Host, Module]:
@@ -66,8 +67,8 @@ def spoken_by_peft(folder: Path, family: str) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", SMALL)
 def test_ours_there_and_back(method: str, family: str, tmp_path: Path) -> None:
-    if family == "gpt2" and method == "ia3":
-        pytest.skip("test_parts_of_a_fused_layer_are_refused")
+    if (family == "gpt2" and method in ("ia3", "bitfit", "shira", "lt_sft")) or (method == "bitfit" and family in ("llama", "t5")):
+        pytest.skip("parts of a fused layer are refused (see below); no biases")
     host, module = made(family, small(method, family))
     written = write(module, family, tmp_path / "out")
     assert written.complete, written
@@ -83,7 +84,7 @@ def test_ours_there_and_back(method: str, family: str, tmp_path: Path) -> None:
     assert effect > 2e-5, "the module does nothing"
     tolerance = 1e-3 * effect + 1e-6
     torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
-    conv1d = family == "gpt2" and method in ("loha", "lokr", "oft", "hra", "miss", "c3a", "road")
+    conv1d = family == "gpt2" and method in ("loha", "lokr", "oft", "boft", "hra", "miss", "c3a", "road")
     assert any("Conv1D" in note for note in written.notes) == conv1d
     if importlib.util.find_spec("peft") is not None and not conv1d:
         torch.testing.assert_close(spoken_by_peft(tmp_path / "out", family), want, atol=tolerance, rtol=0)
@@ -93,17 +94,13 @@ def test_ours_there_and_back(method: str, family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", REVERSIBLE)
 def test_samples_return(method: str, family: str, tmp_path: Path) -> None:
     folder = sample(f"{family}_{method}")
-    if method == "prefix" and family == "t5":
-        with pytest.raises(ModuleError, match="two stacks"):
-            read(folder, family)
-        return
     if method == "lora_rslora_bias":
         pytest.skip("written as a LoRA of another alpha: test_rslora_keeps_its_outputs")
     module, _ = read(folder, family)
     write(module, family, tmp_path / "out")
     again, _ = read(tmp_path / "out", family)
     assert again == module, "the module read back is the module"
-    if not (method == "prompt_tuning" and family == "t5"):  # half of its rows are never used
+    if not (method in ("prompt_tuning", "prefix") and family == "t5"):  # half of their rows are never used
         theirs, ours = (load_file(p / "adapter_model.safetensors") for p in (folder, tmp_path / "out"))
         assert theirs.keys() == ours.keys()
         for key, tensor in theirs.items():
@@ -170,6 +167,9 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(method: str, tm
     _, module = made("bert", any_small(method))
     if method == "prompt":
         assert any("first token" in note for note in write(module, "bert", tmp_path / "out").notes)
+        return
+    if method in ("child_tuning_d", "spiel"):  # entries, as SHiRA has them
+        assert write(module, "bert", tmp_path / "out").kind == "SHIRA"
         return
     if method in ("p_tuning_v2",):
         assert write(module, "bert", tmp_path / "out").notes

@@ -130,6 +130,8 @@ def read(found: Detected, loaded: Base, name: str | None, *, allow_pickle: bool,
     elif found.format == "adapterhub":
         module, report = read_adapterhub(found.path, weights=loaded.model.state_dict(), config=loaded.model.config, **common)
     else:
+        if found.format == "peft":
+            common["model"] = loaded.model
         reader = read_peft if found.format == "peft" else read_sft
         module, report = reader(found.path, weights=loaded.model.state_dict(), **common)
     return module, [report]
@@ -148,5 +150,5 @@ def write(module: Module, folder: Path, to: str, loaded: Base, task_type: str | 
     if to == "adapterhub":
         return write_adapterhub(module, folder, sites=sites, model_type=config.model_type, weights=weights, config=config)
     if to == "peft":
-        return write_peft(module, folder, sites=sites, weights=weights, task_type=task_type, base_name=module.card.base or loaded.name)
+        return write_peft(module, folder, sites=sites, weights=weights, model=loaded.model, task_type=task_type, base_name=module.card.base or loaded.name)
     return write_sft(module, folder, sites=sites, weights=weights)

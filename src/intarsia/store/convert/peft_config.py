@@ -61,31 +61,49 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "HIRA": {**_SELECT, "fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True, "r": 32, "rank_pattern": {}},
     "SHIRA": {"fan_in_fan_out": False, "init_weights": True, "mask_type": "random", "modules_to_save": None, "r": 32, "random_seed": None,
               "target_modules": None},
+    "SUPERTUNING": {"init_weights": True, "lora_alpha": None, "lora_dropout": 0.0, "modules_to_save": None, "r": None,
+                    "save_precomputed_indices": True, "select_top": True, "sparsity": 0.99, "target_modules": None},
+    "BEFT": {"init_weights": True, "modules_to_save": None, "target_modules": None},
+    "PVERA": {**_FEWER, "bias": "none", "d_initial": 0.1, "fan_in_fan_out": False, "generator_seed": None, "init_weights": True, "projection_prng_key": 0,
+              "pvera_dropout": 0.0, "r": 256, "sample_at_inference": False, "save_projection": True},
+    "RANDLORA": {**_FEWER, "bias": "none", "fan_in_fan_out": False, "init_weights": True, "projection_prng_key": 0, "r": 32, "randlora_alpha": 640,
+                 "randlora_dropout": 0.0, "save_projection": True, "sparse": False, "very_sparse": False},
+    "VBLORA": {**_SELECT, "bias": "none", "fan_in_fan_out": False, "init_logits_std": 0.1, "init_vector_bank_bound": 0.02, "num_vectors": 256, "r": 4,
+               "save_only_topk_weights": False, "topk": 2, "vblora_dropout": 0.0, "vector_length": 256},
     "TRAINABLE_TOKENS": {"init_weights": True, "target_modules": None, "token_indices": []},
     "LN_TUNING": {"exclude_modules": None, "modules_to_save": None, "target_modules": None},
     "PROMPT_TUNING": {**_PROMPT, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None,
                       "tokenizer_name_or_path": None},
     "P_TUNING": {**_PROMPT, "encoder_dropout": 0.0, "encoder_hidden_size": None, "encoder_num_layers": 2,
                  "encoder_reparameterization_type": "MLP"},
+    "CPT": {**_PROMPT, "cpt_mask": None, "cpt_token_ids": None, "cpt_tokens_type_mask": None, "opt_loss_decay_factor": 1.0,
+            "opt_projection_epsilon": 0.1, "opt_projection_format_epsilon": 0.1, "opt_weighted_loss_type": "none", "tokenizer_name_or_path": None},
+    "ADAPTION_PROMPT": {"adapter_layers": None, "adapter_len": None, "target_modules": None},
+    "CARTRIDGE": {**_PROMPT, "num_frozen_tokens": 1},
     "PREFIX_TUNING": {**_PROMPT, "encoder_hidden_size": None, "init_weights": None, "prefix_projection": False},
 }  # fmt: skip
 
 USED = frozenset({
-    *COMMON, *_SELECT, *_PROMPT, "alpha", "alpha_pattern", "block_share", "block_size", "block_size_pattern", "boft_block_num", "boft_block_size",
+    "adapter_layers", "adapter_len",
+    *COMMON, *_SELECT, *_PROMPT, "alpha", "alpha_pattern", "apply_GS", "block_share", "block_size", "block_size_pattern", "boft_block_num", "boft_block_size",
+    "boft_n_butterfly_factor", "mini_r", "randlora_alpha", "topk", "trainable_token_indices", "vector_length", "cpt_token_ids",
     "bias", "fan_in_fan_out", "feedforward_modules", "gralora_k", "group_size", "init_r", "lora_alpha", "lora_bias", "n_frequency",
     "n_frequency_pattern", "num_cayley_neumann_terms", "oft_block_size", "r", "random_loc_seed", "rank_pattern", "scaling", "use_cayley_neumann",
     "use_dora", "use_rslora", "decompose_both", "decompose_factor", "delora_lambda", "lambda_pattern", "token_indices", "variant",
 })  # fmt: skip
 TRAINING = frozenset({
-    "beta1", "beta2", "boft_dropout", "coft", "corda_config", "d_initial", "deltaT", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers",
+    "beta1", "beta2", "boft_dropout", "cpt_mask", "cpt_tokens_type_mask", "generator_seed", "init_logits_std", "init_vector_bank_bound",
+    "num_frozen_tokens", "num_vectors", "opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon", "opt_weighted_loss_type",
+    "pvera_dropout", "randlora_dropout", "save_only_topk_weights", "save_precomputed_indices", "select_top", "sparse", "sparsity", "vblora_dropout",
+    "very_sparse", "coft", "corda_config", "d_initial", "deltaT", "encoder_dropout", "encoder_hidden_size", "encoder_num_layers",
     "encoder_reparameterization_type", "ensure_weight_tying", "eps", "eva_config", "gralora_dropout", "hira_dropout", "init_ia3_weights",
     "init_lora_weights", "init_weights", "loftq_config", "lora_dropout", "lora_ga_config", "mask_type", "megatron_core", "miss_dropout", "module_dropout",
     "orth_reg_weight", "pissa_config", "prefix_projection", "projection_prng_key", "prompt_tuning_init", "prompt_tuning_init_text",
     "qalora_group_size", "random_seed", "rank_dropout", "rank_dropout_scale", "save_projection", "target_r", "tfinal", "tinit", "tokenizer_kwargs",
     "tokenizer_name_or_path", "total_step", "use_effective_conv2d", "vera_dropout",
 })  # fmt: skip
-#: initialisations that change the base's weights: the file alone does not say what the module does
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: initialisations that change the base's weights by what neither the file nor the base tells (texts, gradients, a quantised base)
+REBASED = ("corda", "loftq", "lora_ga")
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def same_file(module: Module, tensors: Iterable[str]) -> bool:
-    """Whether these are the tensors of the file that a module was read from, by name."""
+def same_file(module: Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the tensors of the file that a module was read from, by name and shape."""
     return module.card.recipe.get(TENSORS) == _names(tensors)
 
 
@@ -67,5 +67,5 @@ def narrowed(module: Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return small if all(torch.equal(t.to(tensors[key].dtype), tensors[key]) for key, t in small.items()) else dict(tensors)
 
 
-def _names(tensors: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()[:16]
+def _names(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256("\n".join(sorted(f"{name} {list(t.shape)}" for name, t in tensors.items())).encode()).hexdigest()[:16]

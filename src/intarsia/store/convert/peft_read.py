@@ -10,28 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from intarsia.errors import ModuleError, listing
 from intarsia.methods.method import METHODS, Policy
 from intarsia.modules.card import Card
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Attend, Concat, Diag, FormSpec, Matrix, OpSpec, Rot, Sparse, Tokens
-from intarsia.sites.address import SiteMap
+from intarsia.patches import Add, Affine, Diag, FormSpec, LowRank, Matrix, OpSpec, Rot, Sparse
+from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.folder import as_float, exact_change, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
-from intarsia.store.convert.peft_kinds import KINDS, Layer
+from intarsia.store.convert.peft_kind import Layer
+from intarsia.store.convert.peft_kinds import KINDS, STARTS, rebased
 from intarsia.store.convert.peft_origin import kept
+from intarsia.store.convert.peft_prompts import EMBEDDINGS, PROMPTS, read_adaption, read_prompt
 from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 #: names under which peft stores a parameter's new value itself, below the module it belongs to
-VALUES = {"weight": "weight", "bias": "bias", "base_layer.bias": "bias", "ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias"}
+VALUES = {"weight": "weight", "bias": "bias", "base_layer.bias": "bias", "base_layer.weight": "weight", "ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias"}
 ROWS = "trainable_tokens_delta"
-_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+#: tensors that belong to the whole file
+_SHARED = {"VERA": ("vera_A", "vera_B"), "PVERA": ("pvera_A", "pvera_B"), "RANDLORA": ("randlora_A", "randlora_B"), "VBLORA": ("vblora_vector_bank",)}
 
 
 @dataclass
@@ -56,6 +60,7 @@ def read_peft(
     base: Fingerprint,
     name: str | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    model: PreTrainedModel | None = None,
     allow_pickle: bool = False,
 ) -> tuple[Module, Report]:
     """Read `adapter_config.json` and `adapter_model.safetensors`.
@@ -66,6 +71,7 @@ def read_peft(
         name: of the module; None for the folder's name.
         weights: `model.state_dict()`.  peft stores the new value of a head, norm or bias, and a module its change; without
             the base's value such tensors are left out and reported.
+        model: the model itself; prefixes are for positions that it knows (see `peft_prompts.py`).
         allow_pickle: where there is only `adapter_model.bin`, open it in a restricted process (with a warning).
 
     Raises:
@@ -76,11 +82,18 @@ def read_peft(
     with sound(os.fspath(folder)):
         raw = read_config(path, CONFIG)
         check(raw, str(path / CONFIG))
-        return assemble(raw, read_tensors(path, WEIGHTS, PICKLE, allow_pickle), sites, base, name or path.resolve().name, weights, str(folder))
+        return assemble(raw, read_tensors(path, WEIGHTS, PICKLE, allow_pickle), sites, base, name or path.resolve().name, weights, str(folder), model)
 
 
 def assemble(
-    raw: Mapping[str, Any], found: Mapping[str, Tensor], sites: SiteMap, base: Fingerprint, name: str, weights: Mapping[str, Tensor] | None, source: str
+    raw: Mapping[str, Any],
+    found: Mapping[str, Tensor],
+    sites: SiteMap,
+    base: Fingerprint,
+    name: str,
+    weights: Mapping[str, Tensor] | None,
+    source: str,
+    model: PreTrainedModel | None = None,
 ) -> tuple[Module, Report]:
     """A module of a configuration and the tensors of a file."""
     config = check(raw, source)
@@ -89,18 +102,28 @@ def assemble(
     outer = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
     shared = {key.removeprefix("base_model."): t for key, t in outer.items()}
     reading = _Reading(config, Paths(sites, inner), shared, weights)
-    if config.kind in _PROMPTS:
-        inner |= {key: t for key, t in shared.items() if key != "prompt_embeddings"}
+    if config.kind in PROMPTS:
+        inner |= {key: t for key, t in shared.items() if key != EMBEDDINGS}
         reading.paths = Paths(sites, inner)
-        _read_prompt(reading, sites)
+        prompt = read_prompt(config, shared, sites, weights, model)
+        reading.carried += 1
+        reading.pieces += prompt.pieces
+        reading.notes |= dict.fromkeys(prompt.notes)
     else:
-        unused = sorted(key for key in shared if not (config.kind == "VERA" and key in ("vera_A", "vera_B")))
+        unused = sorted(key for key in shared if key not in _SHARED.get(config.kind, ()))
         if unused:
             raise ModuleError(f"{source}: tensors that belong to no layer and to no known part of {config.kind}: {listing(unused)}")
+        reading.carried += len(shared)
+    if config.kind == "ADAPTION_PROMPT":
+        prompt = read_adaption(inner, sites, weights)
+        reading.carried += len(inner)
+        reading.pieces += prompt.pieces
+        reading.notes |= dict.fromkeys(prompt.notes)
+        inner = {}
     layers = _by_layer(reading, inner, source)
     for path, members in layers.items():
         _read_layer(reading, path, members)
-    if config.kind not in _PROMPTS:
+    if config.kind not in (*PROMPTS, "ADAPTION_PROMPT"):
         _check_complete(reading, layers)
     if not reading.pieces:
         raise ModuleError(f"{source}: nothing in it can be carried: {'; '.join(reading.left_out) or 'it holds no tensors'}")
@@ -122,12 +145,25 @@ def _policy(config: Config) -> Policy:
     return Policy(learning_rate=METHODS[name].build().policy.learning_rate) if name in METHODS else Policy()
 
 
+def _without_copies(reading: _Reading, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those that peft keeps twice when it keeps all biases: of a saved module, and of the base's own in its place."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = key.replace(".modules_to_save.default.", ".")
+        if ".original_module." in f".{key}" or (plain != key and torch.equal(tensors.get(plain, tensor), tensor) and plain in tensors):
+            reading.carried += 1
+            reading.notes["tensors that peft keeps twice are read once"] = None
+        else:
+            found[key] = tensor
+    return found
+
+
 def _by_layer(reading: _Reading, tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by module path of the model; heads that the model lacks are left out, other strangers refused."""
     layers: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
     saved = reading.config.get("modules_to_save") or ()
-    for key, tensor in tensors.items():
+    for key, tensor in _without_copies(reading, tensors).items():
         found = reading.paths.split(key)
         if found is not None and found[1]:
             layers.setdefault(found[0], {})[found[1]] = tensor
@@ -144,16 +180,29 @@ def _by_layer(reading: _Reading, tensors: Mapping[str, Tensor], source: str) -> 
 
 
 def _read_layer(reading: _Reading, path: str, tensors: dict[str, Tensor]) -> None:
+    tensors = dict(tensors)
     if reading.config.kind == "TRAINABLE_TOKENS" and ROWS in tensors:
-        tensors = dict(tensors)
-        _read_rows(reading, path, tensors.pop(ROWS))
+        _read_rows(reading, path, tensors.pop(ROWS), reading.config["token_indices"])
+    if f"token_adapter.{ROWS}" in tensors:
+        _read_rows(reading, path, tensors.pop(f"token_adapter.{ROWS}"), _chosen(reading, path))
     rest = set(tensors)
     if not rest <= VALUES.keys():
         site = reading.paths.weight(path)
         shape = tuple(reversed(site.shape)) if site.transposed else site.shape
         if len(shape) != 2:
             raise ModuleError(f"{path}: the weight there has shape {site.shape}; only matrices are read ({listing(sorted(rest))})")
-        layer = Layer(path, (shape[0], shape[1]), tensors, reading.shared)
+        layer = rebased(reading.config, Layer(path, (shape[0], shape[1]), tensors, reading.shared, _weight(reading, site)))
+        if layer.added:
+            reading.notes[_start_note(str(reading.config["init_lora_weights"]))] = None
+        if reading.config.kind == "ADALORA" and "lora_E" in tensors and not len(tensors["lora_E"]):
+            reading.carried += 3
+            return  # all ranks of this layer were pruned
+        if "lora_embedding_A" in tensors and len(site.owners) > 1:
+            if path == "shared":
+                reading.carried += 2
+                reading.notes[f"peft's forward never uses its change of {path}, which the stacks read under names of their own; it is not carried"] = None
+                return
+            reading.notes[f"peft changes what {path} looks up and not the head that is tied to it; here both change, so logits differ"] = None
         for kind in KINDS:
             if not kind.takes(reading.config, layer):
                 continue
@@ -163,7 +212,9 @@ def _read_layer(reading: _Reading, path: str, tensors: dict[str, Tensor]) -> Non
             if kind.note:
                 reading.notes[kind.note] = None
             ours = kind.ours(reading.config, layer)
-            if kind.port == "out":
+            if kind.port == "out" and path not in reading.paths.out and isinstance(form, Affine) and isinstance(form.factor, LowRank) and isinstance(op, Add):
+                reading.pieces.append(Piece(site.name, kind.patch, Matrix(form.factor), op, "weight", ours))  # a layer inside the head
+            elif kind.port == "out":
                 reading.pieces.append(Piece(reading.paths.linear(path).name, kind.patch, form, op, "out", ours))
             elif kind.port == "weight":
                 reading.pieces.append(Piece(site.name, kind.patch, form, op, "weight", ours))
@@ -176,16 +227,37 @@ def _read_layer(reading: _Reading, path: str, tensors: dict[str, Tensor]) -> Non
         raise ModuleError(f"{path}: tensors that {reading.config.kind} does not have, or that lack their partner: {listing(sorted(rest))}")
 
 
-def _read_rows(reading: _Reading, path: str, rows: Tensor) -> None:
+def _weight(reading: _Reading, site: Site) -> Tensor | None:
+    """The base's own weight at a site, [out, in]."""
+    found = None if reading.weights is None else reading.weights.get(f"{site.path}.{site.param}")
+    return None if found is None else found.detach().cpu().T if site.transposed else found.detach().cpu()
+
+
+def _start_note(start: str) -> str:
+    text = f"it starts from {start!r}: what peft takes from the base's weights when it loads the file is in the module, at twice the rank"
+    return text if start in STARTS else f"{text}; peft finds it by random numbers, anew at each load, and here it is the exact one"
+
+
+def _chosen(reading: _Reading, path: str) -> object:
+    """Which rows of an embedding are trained beside a LoRA: a list for the input embedding, or a list for each named module."""
+    named = reading.config.get("trainable_token_indices")
+    if not isinstance(named, Mapping):
+        return named
+    words = {path, *(owner for owner, _ in reading.paths.weight(path).owners)}
+    return next((chosen for name, chosen in named.items() if any(word == name or word.endswith(f".{name}") for word in words)), None)
+
+
+def _read_rows(reading: _Reading, path: str, rows: Tensor, chosen: object) -> None:
     """New rows [n, d] of an embedding, which every matrix tied to it repeats: a sparse change of the one parameter."""
     site = reading.paths.weight(path)
-    chosen = reading.config["token_indices"]
     known = reading.rows.get(site.name)
     if known is not None and not torch.equal(known, rows):
         raise ModuleError(f"{path}.{ROWS} differs from the same rows of a matrix tied to it")
     reading.carried += 1
     if known is not None:
         return
+    if any(owner != path and (owner, "bias") in reading.paths.params for owner, _ in site.owners):
+        reading.notes["peft 0.21 loses the bias of a head that is tied to an embedding with trained rows, and its logits differ by it"] = None
     reading.rows[site.name] = rows
     if reading.weights is None:
         reading.left_out.append(f"{path}.{ROWS} {tuple(rows.shape)}: peft stores new rows and a module their change; give weights=model.state_dict() to carry it")
@@ -246,42 +318,3 @@ def _check_complete(reading: _Reading, layers: Mapping[str, object]) -> None:
     missing = [path for path in named if path not in layers]
     if missing:
         raise ModuleError(f"the file lacks {len(missing)} of {len(named)} layers that its configuration names: {listing(missing, 4)}")
-
-
-def _read_prompt(reading: _Reading, sites: SiteMap) -> None:
-    config = reading.config
-    value = reading.shared.get("prompt_embeddings")
-    if value is None or value.dim() != 2:
-        raise ModuleError(f"{config.kind}: the file has no matrix 'prompt_embeddings'")
-    length = int(config["num_virtual_tokens"])
-    reading.carried += 1
-    if config.kind == "PREFIX_TUNING":
-        _read_prefix(reading, sites, value, length)
-        return
-    if value.shape[0] not in (length, 2 * length):
-        raise ModuleError(f"num_virtual_tokens is {length}, prompt_embeddings has {value.shape[0]} rows")
-    if value.shape[0] == 2 * length:
-        reading.notes[f"the last {length} rows of prompt_embeddings are never read by peft's forward, and are not carried"] = None
-    seq = sites.select("seq", port="seq")[0]
-    reading.pieces.append(Piece(seq.name, "prompt", Tokens(length, "start", "uniform"), Concat(), "seq", {"embeddings": value[:length].clone()}))
-    if "head" in sites.missing and not seq.stack:
-        reading.notes["peft pools the first virtual token of an encoder; here the classification token stays the pooled one, so outputs differ"] = None
-
-
-def _read_prefix(reading: _Reading, sites: SiteMap, value: Tensor, length: int) -> None:
-    """[P, layers * 2 * heads * size]: key and value of layer 0, of layer 1 ..."""
-    memories = [site for site in sites.values() if site.port == "mem"]
-    if any(site.stack for site in memories):
-        raise ModuleError("PREFIX_TUNING for a model with two stacks: peft hands the same numbers to self- and cross-attention by the order of a cache; not read")
-    if not memories:
-        raise ModuleError(f"{sites.model} has no attention memory to put a prefix into: {sites.missing.get('attn.mem', '')}")
-    heads, size = memories[0].heads  # type: ignore[misc]
-    wanted = (length, len(memories) * 2 * heads * size)
-    if tuple(value.shape) != wanted:
-        raise ModuleError(f"prompt_embeddings has shape {tuple(value.shape)}; {length} positions of this model's {len(memories)} layers are {wanted}")
-    blocks = value.view(length, 2 * len(memories), heads, size).permute(1, 2, 0, 3)
-    form = Attend(length, None)
-    for index, site in enumerate(memories):
-        keys, values = blocks[2 * index].clone(), blocks[2 * index + 1].clone()
-        reading.pieces.append(Piece(site.name, "prefix", form, Concat(), "mem", {"keys": keys, "values": values}))
-    reading.notes[f"peft also moves the tokens' positions by {length}; here they stay, so outputs of models with positions differ"] = None

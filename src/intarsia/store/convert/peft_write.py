@@ -8,39 +8,52 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from intarsia.errors import ModuleError, SiteError, listing
 from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
-from intarsia.patches import Add, Affine, Attend, Const, Core, Dense, Diag, Free, Head, LowRank, Matrix, Sparse, Tokens
+from intarsia.patches import (
+    Add,
+    Affine,
+    Attend,
+    Const,
+    Core,
+    Dense,
+    Diag,
+    Free,
+    Head,
+    LowRank,
+    Matrix,
+    Rows,
+    Sparse,
+    Tokens,
+)
 from intarsia.sites.address import Site, SiteMap
 from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.paths import Paths, suffixes
 from intarsia.store.convert.peft_config import DEFAULTS, written
-from intarsia.store.convert.peft_kinds import KINDS, Fields, Kind
+from intarsia.store.convert.peft_finish import Written, finished
+from intarsia.store.convert.peft_kind import Fields
+from intarsia.store.convert.peft_kinds import KINDS
 from intarsia.store.convert.peft_origin import narrowed, origin, same_file
+from intarsia.store.convert.peft_prompts import write_prompt
+from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, framed, with_sides
 from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS, assemble
 from intarsia.store.convert.report import Report
 
 #: what peft saves and expects with each task class
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+#: names of layers that peft saves whole beside a LoRA of them
+EMBEDDINGS = ("embed_tokens", "lm_head")
 #: methods whose peft class also takes GPT-2's transposed layers
-_TRANSPOSED = ("LORA", "IA3", "FOURIERFT", "HIRA", "LN_TUNING")
+_TRANSPOSED = ("LORA", "ADALORA", "IA3", "VERA", "FOURIERFT", "GRALORA", "HIRA", "LN_TUNING")
 _ADVICE = "fold it into the base, or keep it as a module"
-
-
-@dataclass
-class _Layer:
-    """What peft will hold for one module path."""
-
-    kind: Kind
-    fields: Fields
-    tensors: dict[str, Tensor]
 
 
 @dataclass
@@ -48,12 +61,15 @@ class _Writing:
     paths: Paths
     weights: Mapping[str, Tensor] | None
     uniform: bool = False
-    layers: dict[str, list[tuple[Site, _Layer]]] = field(default_factory=dict)
+    prefer: str = ""
+    layers: dict[str, list[tuple[Site, Written]]] = field(default_factory=dict)
     values: dict[tuple[str, str], tuple[Site, Tensor]] = field(default_factory=dict)
     biases: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
     rows: dict[str, tuple[Site, dict[int, Tensor]]] = field(default_factory=dict)
     inner: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
+    norms: set[str] = field(default_factory=set)
+    all_biases: bool = False
     replaced: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
@@ -65,6 +81,7 @@ def write_peft(
     *,
     sites: SiteMap,
     weights: Mapping[str, Tensor] | None = None,
+    model: PreTrainedModel | None = None,
     task_type: str | None = None,
     base_name: str | None = None,
     uniform: bool = False,
@@ -74,6 +91,7 @@ def write_peft(
     Args:
         sites: of the model it is for; module paths in the file are this model's.
         weights: `model.state_dict()`, needed where peft stores a parameter's new value and the module its change.
+        model: the model itself; prefixes are for positions that it knows (see `peft_prompts.py`).
         task_type: `CAUSAL_LM`, `SEQ_CLS` ... for peft's task classes.
         base_name: name of the base in the configuration; None for the card's.
         uniform: one rank and a scale of 1 for all layers, by zeros beside the factors and scales multiplied into them: servers
@@ -87,7 +105,11 @@ def write_peft(
     task_type, base_name = task_type or before.get("task_type"), base_name or before.get("base_model_name_or_path") or module.card.base or None
     writing = _Writing(Paths(sites), weights, uniform)
     prompts: dict[Patch, dict[str, dict[str, Tensor]]] = {}
-    for (site_name, patch), tensors in _by_place(module, writing).items():
+    places = _by_place(module, writing)
+    parts = any(name in sites and sites[name].view is not None for name, _ in places)
+    writing.prefer = "LORA" if parts else _preferred(module, before, uniform)
+    places = _sides_given(writing, sites, places)
+    for (site_name, patch), tensors in places.items():
         if isinstance(patch.form, Tokens | Attend):
             prompts.setdefault(patch, {})[site_name] = tensors
             continue
@@ -96,17 +118,22 @@ def write_peft(
         except SiteError as error:
             raise ModuleError(f"{module.name!r} does not fit this model: {error}") from None
         _place(writing, site, patch, tensors)
+    writing.all_biases = before.get("bias") == "all"
     _expected_heads(writing, task_type, before.get("modules_to_save") or ())
+    table = next((place for place, (site, _) in writing.values.items() if "embed.position" in site.name), None)
+    moved = writing.values.pop(table) if prompts and table is not None else None
     others = any(not site.name.startswith("head.") for site, _ in writing.values.values())
-    if writing.rows and (prompts or writing.layers or writing.biases or writing.values or len(writing.rows) > 1):
+    if writing.rows and (prompts or ((writing.biases or writing.values) and not writing.layers) or (len(writing.rows) > 1 and not writing.layers)):
         raise ModuleError(f"{module.name!r} is more than new rows of one embedding; peft keeps one method per folder; {_ADVICE}")
     if prompts and (writing.layers or writing.biases or others or len(prompts) > 1):
         raise ModuleError(f"{module.name!r} is more than a prompt or prefix; peft keeps one method per folder")
     if prompts:
         patch, found = next(iter(prompts.items()))
-        kind, fields, tensors = _prompt(writing, sites, patch, found)
+        prompt = write_prompt(patch, found, moved, sites, weights, model)
+        kind, fields, tensors = prompt.kind, prompt.fields, prompt.tensors
+        writing.notes |= dict.fromkeys(prompt.notes)
         tensors |= {key.replace(PREFIX, "base_model.", 1): tensor for key, tensor in _values(writing, kind, {}, fields).items()}
-    elif writing.rows:
+    elif writing.rows and not writing.layers:
         kind, fields, tensors = _embedding_rows(writing, *next(iter(writing.rows.values())))
     else:
         kind, fields, tensors = _layers(module, writing)
@@ -116,7 +143,7 @@ def write_peft(
     config = written(kind, **fields)
     if before and same_file(module, tensors):
         earlier = {**before, "task_type": task_type, "base_model_name_or_path": base_name}
-        config = earlier if _gives(earlier, tensors, module, sites, weights) else config
+        config = earlier if _gives(earlier, tensors, module, sites, weights, model) else config
     for what, there in (("label names", module.labels), ("the context", module.context), ("required modules", module.requires)):
         if there:
             writing.left_out.append(f"{what} ({listing(map(str, there), 4)}): peft's files have no place for it")
@@ -124,10 +151,17 @@ def write_peft(
     return Report(module.name, str(config["peft_type"]), len(tensors), tuple(writing.left_out), tuple(writing.notes))
 
 
-def _gives(config: Mapping[str, Any], tensors: Mapping[str, Tensor], module: Module, sites: SiteMap, weights: Mapping[str, Tensor] | None) -> bool:
+def _gives(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    module: Module,
+    sites: SiteMap,
+    weights: Mapping[str, Tensor] | None,
+    model: PreTrainedModel | None,
+) -> bool:
     """Whether a configuration with these tensors is read as the module, apart from its head."""
     try:
-        again, _ = assemble(config, tensors, sites, module.base, module.name, weights, module.name)
+        again, _ = assemble(config, tensors, sites, module.base, module.name, weights, module.name, model)
     except ModuleError:
         return False
     patches = {patch for patch in module.method.patches if patch.port != "logits"}
@@ -179,33 +213,96 @@ def _token_head(writing: _Writing, patch: Patch, module: Module, site: str, name
     return False
 
 
+def _preferred(module: Module, before: Mapping[str, Any], uniform: bool) -> str:
+    """Which of peft's methods a patch becomes that several would hold."""
+    patches = [patch for patch in module.method.patches if patch.port != "logits"]
+    factors = [patch.form.factor for patch in patches if isinstance(patch.form, Affine | Matrix)]
+    if uniform or any(isinstance(factor, LowRank) for factor in factors):
+        return "LORA"
+    if any(isinstance(patch.form, Matrix) and isinstance(patch.form.factor, Rows) for patch in patches):
+        return "BOFT"
+    return str(before.get("peft_type", ""))
+
+
+def _sides_given(writing: _Writing, sites: SiteMap, places: Mapping[tuple[str, Patch], dict[str, Tensor]]) -> dict[tuple[str, Patch], dict[str, Tensor]]:
+    """VeRA's sides at each site; where they are no cuts of one pair, or peft has no place for VeRA, the low-rank product."""
+    found = {place: tensors for place, tensors in places.items() if not framed(place[1])}
+    patches = list(dict.fromkeys(patch for _, patch in places if framed(patch)))
+    for patch in patches:
+        mine = {site: tensors for (site, other), tensors in places.items() if other == patch}
+        try:
+            shapes = {site: (sites[site].features, _shape(writing, sites[site])[1]) for site in mine}
+        except SiteError as error:
+            raise ModuleError(f"the module does not fit this model: {error}") from None
+        given = with_sides(patch, {site: (tensors, shapes[site]) for site, tensors in mine.items()})
+        whole = all(sites[site].view is None for site in mine)
+        if len(patches) == 1 and whole and writing.prefer != "LORA" and common(given.values()):
+            found |= {(site, patch): tensors for site, tensors in given.items()}
+            continue
+        for site, tensors in given.items():
+            found[site, _product_patch(patch)] = _product(writing, tensors)
+    return found
+
+
+def _product_patch(patch: Patch) -> Patch:
+    form = patch.form
+    assert isinstance(form, Affine) and isinstance(form.factor, Core) and form.factor.rank is not None
+    return replace(patch, form=Affine(LowRank(form.factor.rank), form.dropout))
+
+
+def _product(writing: _Writing, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A diagonal between two sides, and a gain if there is one, as a LoRA's two factors."""
+    gain = tensors.get(GAIN)
+    up = tensors[UP] * tensors[DIAGONAL]
+    writing.notes["its diagonal is multiplied into the out-factor: the same outputs as a LoRA"] = None
+    return {"factor.up": up if gain is None else up * gain[:, None], "factor.down": tensors[DOWN]}
+
+
+def _shape(writing: _Writing, site: Site) -> tuple[int, int]:
+    """(out, in) of the weight that a site belongs to."""
+    found = writing.paths.weight(site.path)
+    if len(found.shape) != 2:
+        raise ModuleError(f"{site.name}: peft changes matrices, and here is one of shape {found.shape}; {_ADVICE}")
+    out, inner = reversed(found.shape) if found.transposed else found.shape
+    return out, inner
+
+
 def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tensor]) -> None:
     """File one patch at one site under its module path."""
     form, op = patch.form, patch.op
     if isinstance(form, Matrix) and isinstance(form.factor, Dense) and isinstance(op, Add):
         writing.values[site.path, site.param or "weight"] = (site, tensors["factor.value"] * op.scale)
+        if patch.tag == "norm" or ".norm." in f".{site.name}.":
+            writing.norms.add(site.path)
         return
-    if isinstance(form, Matrix) and isinstance(form.factor, Sparse) and isinstance(op, Add):
+    if isinstance(form, Matrix) and isinstance(form.factor, Sparse) and isinstance(op, Add) and ".embed." in f".{site.name}":
         writing.rows[site.name] = (site, _rows_of(site, tensors["factor.index"], tensors["factor.values"] * op.scale))
         return
-    if isinstance(form, Affine) and isinstance(form.factor, Core) and isinstance(form.factor.frame, Free) and isinstance(form.factor.core, Diag):
-        gain = tensors.get("factor.gain")
-        up = tensors["factor.frame.up"] * tensors["factor.core.value"]
-        tensors = {"factor.up": up if gain is None else up * gain[:, None], "factor.down": tensors["factor.frame.down"]}
-        patch = Patch(patch.name, patch.at, Affine(LowRank(up.shape[1]), form.dropout), op, patch.port)
-        writing.notes["its diagonal is multiplied into the out-factor: the same outputs as a LoRA"] = None
-    for kind in KINDS:
-        fields = kind.write(patch) if kind.write is not None and kind.port == patch.port else None
+    factor = form.factor if isinstance(form, Affine) else None
+    diagonal = isinstance(factor, Core) and isinstance(factor.frame, Free) and isinstance(factor.core, Diag) and factor.gain is None
+    if diagonal and writing.prefer == "LORA":
+        tensors, patch = _product(writing, tensors), _product_patch(patch)
+    for kind in sorted(KINDS, key=lambda kind: kind.peft_type != writing.prefer):
+        fits = kind.port == patch.port and kind.table in (None, ".embed." in f".{site.name}")
+        fields = kind.write(patch) if kind.write is not None and fits else None
         if fields is None:
             continue
         if isinstance(form, Const) and isinstance(op, Add):
             writing.biases[site.path] = (op.scale, tensors["value"])
         else:
-            writing.layers.setdefault(site.path, []).append((site, _Layer(kind, fields, kind.theirs(tensors))))
+            writing.layers.setdefault(site.path, []).append((site, Written(kind, fields, kind.theirs(patch, tensors, _matrix(writing, site)))))
+            if kind.table and len(site.owners) > 1:
+                writing.notes[f"peft changes what {site.path} looks up and not the head that is tied to it; here both change, so logits differ"] = None
             if kind.port == "in" or kind.patch == "scale_input":
                 writing.inner.add(site.path)
         return
     raise ModuleError(f"patch {patch.name!r} at {site.name} ({type(form).__name__} under {type(op).__name__}) has no form in peft; {_ADVICE}")
+
+
+def _matrix(writing: _Writing, site: Site) -> tuple[int, int]:
+    """(out, in) of the weight there; of a part of a fused projection, of that part."""
+    shape = _shape(writing, site)
+    return shape if site.view is None else (site.view.features, shape[1])
 
 
 def _rows_of(site: Site, index: Tensor, values: Tensor) -> dict[int, Tensor]:
@@ -222,15 +319,34 @@ def _embedding_rows(writing: _Writing, site: Site, rows: Mapping[int, Tensor]) -
     """New rows of an embedding, repeated for every matrix tied to it."""
     if not rows or ".embed." not in f".{site.name}":
         raise ModuleError(f"{site.name}: peft trains rows of embeddings only; {_ADVICE}")
+    target, new, owners = _new_rows(writing, site, rows)
+    return "TRAINABLE_TOKENS", {"token_indices": list(rows), "target_modules": [target.split(".")[-1]]}, {
+        f"{PREFIX}{path}.{ROWS}": new.clone() for path in owners
+    }
+
+
+def _new_rows(writing: _Writing, site: Site, rows: Mapping[int, Tensor]) -> tuple[str, Tensor, list[str]]:
+    """The path that peft is told, the rows' new values, and the paths that keep them: all that are tied."""
     old = _base_value(writing, site.path, site.param or "weight")
     if old is None:
         raise ModuleError(f"weights has no {site.path}.{site.param}; give model.state_dict() of the model whose sites these are")
     new = torch.stack([(old[row] + change).to(old.dtype) for row, change in rows.items()])
     owners = [path for path, _ in site.owners] or [site.path]
-    target = next((path for path in owners if path == "shared"), site.path)
-    return "TRAINABLE_TOKENS", {"token_indices": list(rows), "target_modules": [target.split(".")[-1]]}, {
-        f"{PREFIX}{path}.{ROWS}": new.clone() for path in owners
-    }
+    if any((path, "bias") in writing.paths.params for path in owners):
+        writing.notes["peft 0.21 loses the bias of a head that is tied to an embedding with trained rows, and its logits differ by it"] = None
+    return next((path for path in owners if path == "shared"), site.path), new, owners
+
+
+def _rows_beside(writing: _Writing, kind: str, fields: Fields) -> dict[str, Tensor]:
+    """New rows of embeddings beside a LoRA."""
+    if writing.rows and (kind != "LORA" or writing.uniform):
+        raise ModuleError(f"new rows of an embedding beside a {kind} have no form {'in a folder for servers' if writing.uniform else 'in peft'}; {_ADVICE}")
+    found: dict[str, Tensor] = {}
+    for site, rows in writing.rows.values():
+        target, new, _ = _new_rows(writing, site, rows)
+        fields["trainable_token_indices"] = {**(fields.get("trainable_token_indices") or {}), target.split(".")[-1]: list(rows)}
+        found[f"{PREFIX}{target}.token_adapter.{ROWS}"] = new
+    return found
 
 
 def _layers(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, Tensor]]:
@@ -248,7 +364,9 @@ def _layers(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, T
     layers = {path: _joined(writing, path, members) for path, members in writing.layers.items()}
     if writing.uniform:
         layers = _evened(layers)
-    tensors = {f"{PREFIX}{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
+    layers, shared = finished(kind, layers, {path: _shape(writing, members[0][0]) for path, members in writing.layers.items()})
+    tensors = {f"base_model.{name}": tensor for name, tensor in shared.items()}
+    tensors |= {f"{PREFIX}{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     fields = _fields(kind, layers)
     fields["target_modules"] = suffixes(layers, writing.paths.known)
     if kind == "IA3":  # peft wants the one list to be part of the other, word for word
@@ -261,15 +379,22 @@ def _layers(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, T
     if writing.biases:
         tensors |= _lora_biases(writing, kind, layers, fields)
     tensors |= _values(writing, kind, layers, fields)
+    tensors |= _rows_beside(writing, kind, fields)
+    for path in layers if kind == "LORA" else ():  # peft saves embeddings that it adapts
+        if path.split(".")[-1] in EMBEDDINGS:
+            value = _base_value(writing, path, "weight")
+            tensors |= {} if value is None else {f"{PREFIX}{path}.base_layer.weight": value}
     return kind, fields, tensors
 
 
-def _joined(writing: _Writing, path: str, members: list[tuple[Site, _Layer]]) -> _Layer:
+def _joined(writing: _Writing, path: str, members: list[tuple[Site, Written]]) -> Written:
     """One layer of the parts of a fused projection: the ranks side by side, zeros where a part does not write."""
     site, first = members[0]
-    if len(members) == 1 and site.view is None:
+    if len(members) == 1 and site.view is None and first.kind.peft_type != "BOFT":
         return first
     views = [s.view for s, _ in members]
+    if first.kind.peft_type == "BOFT":
+        return _rotation_and_gain(path, [layer for _, layer in members], _shape(writing, site))
     same = len({(tuple(sorted((key, value) for key, value in m.fields.items() if key != "r")), m.kind.patch) for _, m in members}) == 1
     if None in views or first.kind.patch != "lora" or first.kind.peft_type != "LORA" or not same or len(set(views)) != len(views):
         raise ModuleError(
@@ -288,35 +413,45 @@ def _joined(writing: _Writing, path: str, members: list[tuple[Site, _Layer]]) ->
         ups.append(wide.flatten(0, 1))
     down = torch.cat([layer.tensors["lora_A.weight"] for _, layer in members])
     writing.notes["parts of fused projections lie side by side, so that the rank there is the sum of theirs"] = None
-    return _Layer(first.kind, {**first.fields, "r": down.shape[0]}, {"lora_A.weight": down, "lora_B.weight": torch.cat(ups, 1)})
+    return Written(first.kind, {**first.fields, "r": down.shape[0]}, {"lora_A.weight": down, "lora_B.weight": torch.cat(ups, 1)})
+
+
+def _rotation_and_gain(path: str, members: list[Written], shape: tuple[int, int]) -> Written:
+    """BOFT's two tensors of a layer; a gain of 1 where a module has none."""
+    tensors = {name: tensor for layer in members for name, tensor in layer.tensors.items()}
+    fields = {key: value for layer in members for key, value in layer.fields.items()}
+    if "boft_R" not in tensors or len(members) != len({layer.kind.patch for layer in members}):
+        raise ModuleError(f"{path}: peft's BOFT is one rotation and a gain of each layer; {_ADVICE}")
+    return Written(members[0].kind, fields, {"boft_s": tensors["boft_R"].new_ones(shape[0], 1), **tensors})
 
 
 def _fold_scales(module: Module, writing: _Writing) -> None:
     """Every LoRA with the scale 1, which its out-factor takes over."""
     odd = {path for path, _ in writing.values} | set(writing.biases)
     odd |= {path for path, members in writing.layers.items() for _, layer in members if layer.kind.patch != "lora"}
+    odd |= {site.path for site, _ in writing.rows.values()}
     if odd:
         raise ModuleError(f"{module.name!r} is more than LoRA at {listing(sorted(odd), 4)}, which servers of LoRA folders do not read; {_ADVICE}")
     for members in writing.layers.values():
         for index, (site, layer) in enumerate(members):
             up = layer.tensors["lora_B.weight"] * float(layer.fields["scale"])
             fields = {**layer.fields, "scale": 1.0, "lora_dropout": 0.0}
-            members[index] = site, _Layer(layer.kind, fields, {**layer.tensors, "lora_B.weight": up})
+            members[index] = site, Written(layer.kind, fields, {**layer.tensors, "lora_B.weight": up})
 
 
-def _evened(layers: Mapping[str, _Layer]) -> dict[str, _Layer]:
+def _evened(layers: Mapping[str, Written]) -> dict[str, Written]:
     """The same products with one rank: zeros beside the factors."""
     rank = max(layer.tensors["lora_A.weight"].shape[0] for layer in layers.values())
-    found: dict[str, _Layer] = {}
+    found: dict[str, Written] = {}
     for path, layer in layers.items():
         down, up = layer.tensors["lora_A.weight"], layer.tensors["lora_B.weight"]
         more = rank - down.shape[0]
         down, up = torch.cat([down, down.new_zeros(more, down.shape[1])]), torch.cat([up, up.new_zeros(up.shape[0], more)], 1)
-        found[path] = _Layer(layer.kind, {**layer.fields, "r": rank}, {"lora_A.weight": down, "lora_B.weight": up})
+        found[path] = Written(layer.kind, {**layer.fields, "r": rank}, {"lora_A.weight": down, "lora_B.weight": up})
     return found
 
 
-def _fields(kind: str, layers: Mapping[str, _Layer]) -> Fields:
+def _fields(kind: str, layers: Mapping[str, Written]) -> Fields:
     """Fields of the configuration: the most common rank and alpha, the others by module path."""
     alpha_name = "lora_alpha" if kind == "LORA" else "alpha"
     per_layer = {path: dict(layer.fields) for path, layer in layers.items()}
@@ -329,7 +464,8 @@ def _fields(kind: str, layers: Mapping[str, _Layer]) -> Fields:
         if "r" in fields and "rank_pattern" in DEFAULTS[kind]:
             patterned["r"][path] = fields.pop("r")
         if scale is not None:
-            patterned[alpha_name][path] = _tidy(scale * patterned["r"][path])
+            rank = patterned["r"].get(path, fields.get("r"))
+            patterned[alpha_name][path] = _tidy(scale * rank)
     rest = list(per_layer.values())
     for other in rest[1:]:
         odd = [key for key in rest[0] if other.get(key) != rest[0][key]]
@@ -338,9 +474,11 @@ def _fields(kind: str, layers: Mapping[str, _Layer]) -> Fields:
     result = dict(rest[0])
     for name, pattern in (("r", "rank_pattern"), (alpha_name, "alpha_pattern")):
         if patterned[name]:
-            common = Counter(patterned[name].values()).most_common(1)[0][0]
-            result[name] = common
-            result[pattern] = {path: value for path, value in sorted(patterned[name].items()) if value != common}
+            usual = Counter(patterned[name].values()).most_common(1)[0][0]
+            others = {path: value for path, value in sorted(patterned[name].items()) if value != usual}
+            if others and pattern not in DEFAULTS[kind]:
+                raise ModuleError(f"peft has one {name} for all layers of a {kind}, here they differ: {usual} and {next(iter(others.values()))}")
+            result |= {name: usual, **({pattern: others} if pattern in DEFAULTS[kind] else {})}
     return result
 
 
@@ -349,7 +487,7 @@ def _tidy(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
 
 
-def _lora_biases(writing: _Writing, kind: str, layers: Mapping[str, _Layer], fields: Fields) -> dict[str, Tensor]:
+def _lora_biases(writing: _Writing, kind: str, layers: Mapping[str, Written], fields: Fields) -> dict[str, Tensor]:
     """`lora_B.bias` for every layer: zero where a layer has none."""
     alone = sorted(set(writing.biases) - set(layers))
     if kind != "LORA" or alone or fields.get("use_dora"):
@@ -377,17 +515,21 @@ def _new_value(writing: _Writing, path: str, param: str) -> Tensor | None:
     if (path, param) in writing.replaced:
         return writing.replaced[path, param]
     old = _base_value(writing, path, param)
-    if (path, param) not in writing.values:
+    shared = writing.paths.params.get((path, param), [])
+    place = (shared[0].path, shared[0].param or "weight") if shared else (path, param)
+    if place not in writing.values:
         return old
-    site, change = writing.values[path, param]
+    site, change = writing.values[place]
     if site.view is not None or old is None:
         raise ModuleError(f"{site.name}: a part of a fused parameter, or one that weights= does not have, is not written")
     return (old + (change.T if site.transposed and change.dim() == 2 else change)).to(old.dtype)
 
 
-def _values(writing: _Writing, kind: str, layers: Mapping[str, _Layer], fields: Fields) -> dict[str, Tensor]:
+def _values(writing: _Writing, kind: str, layers: Mapping[str, Written], fields: Fields) -> dict[str, Tensor]:
     """New values beside a method: LoRA's own biases, and whole modules (`modules_to_save`)."""
     found: dict[str, Tensor] = {}
+    if writing.all_biases and kind == "LORA":
+        return _every_bias(writing, layers, fields)
     own = {path for path, param in writing.values if path in layers and param == "bias"}
     wrong = sorted(f"{path}.{param}" for path, param in writing.values if path in layers and param != "bias")
     if wrong or (own and kind != "LORA"):
@@ -410,6 +552,24 @@ def _values(writing: _Writing, kind: str, layers: Mapping[str, _Layer], fields: 
     return found
 
 
+def _every_bias(writing: _Writing, layers: Mapping[str, Written], fields: Fields) -> dict[str, Tensor]:
+    """LoRA with `bias="all"`: the value of each bias of the model, and the heads."""
+    fields["bias"] = "all"
+    found: dict[str, Tensor] = {}
+    heads = {path for path in writing.paths.known if any(f"{path}.".startswith(f"{_whole_head(head)}.") for head in writing.heads)}
+    wrong = sorted(path for path, param in writing.values if param != "bias" and path not in heads)
+    if wrong:
+        raise ModuleError(f"a change of {listing(wrong, 4)} beside a LoRA that keeps all biases has no form in peft; {_ADVICE}")
+    for path in sorted(writing.paths.known):
+        for param in ("weight", "bias") if path in heads else ("bias",):
+            value = _new_value(writing, path, param)
+            if value is not None:
+                found[f"{PREFIX}{path}.{'base_layer.' if path in layers else ''}{param}"] = value
+    if heads:
+        fields["modules_to_save"] = suffixes({_whole_head(path) for path in heads}, writing.paths.known)
+    return found
+
+
 def _whole_head(path: str) -> str:
     """The module that peft saves for one inside a head of several layers."""
     words = path.split(".")
@@ -419,9 +579,12 @@ def _whole_head(path: str) -> str:
 
 def _only_values(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, Tensor]]:
     """Norms, and the model's own head: LN tuning."""
-    norms = {path for (path, _), (site, _) in writing.values.items() if ".norm." in f".{site.name}."}
+    norms = writing.norms
     others = {path for (path, _), (site, _) in writing.values.items() if path not in norms and not site.name.startswith("head.")}
     paths = sorted(norms)
+    shifts = _shifts(writing, others) if not paths else {}
+    if shifts:
+        return "BEFT", *_as_shifts(writing, shifts)
     if not paths or others or writing.biases:
         raise ModuleError(f"{module.name!r} ({module.method.name}) has no form in peft: {_ADVICE}")
     tensors: dict[str, Tensor] = {}
@@ -436,39 +599,23 @@ def _only_values(module: Module, writing: _Writing) -> tuple[str, Fields, dict[s
     return "LN_TUNING", fields, {**tensors, **_values(writing, "LN_TUNING", {}, fields)}
 
 
-def _prompt(writing: _Writing, sites: SiteMap, patch: Patch, found: Mapping[str, dict[str, Tensor]]) -> tuple[str, Fields, dict[str, Tensor]]:
-    memories = [site for site in sites.values() if site.port == "mem"]
-    fields: Fields = {"num_transformer_submodules": 1, "num_layers": max(sites.layers.values())}
-    if isinstance(patch.form, Attend):
-        return _prefix(writing, patch, memories, found, fields)
-    form = patch.form
-    assert isinstance(form, Tokens)
-    name, tensors = next(iter(found.items()))
-    if form.reparameterise is not None or form.where == "after_first" or "embeddings" not in tensors:
-        raise ModuleError("peft puts plain embeddings at the start of the sequence; flatten the module, and train it with where='start'")
-    value = tensors["embeddings"]
-    if form.where == "auto":
-        writing.notes["peft puts the prompt at the start; in an encoder this module puts it behind the first token, and outputs differ"] = None
-    if sites[name].stack:
-        value = torch.cat([value, torch.zeros_like(value)])
-        fields["num_transformer_submodules"] = 2
-    heads = memories[0].heads[0] if memories and memories[0].heads else None
-    fields |= {"num_virtual_tokens": form.length, "token_dim": value.shape[1], "num_attention_heads": heads}
-    return "PROMPT_TUNING", fields, {"prompt_embeddings": value}
+def _shifts(writing: _Writing, others: Iterable[str]) -> dict[str, Tensor]:
+    """What is added to the outputs of linear layers, if a module does nothing else beside its head: to outputs or to the layers' own biases."""
+    found = {path: value * scale for path, (scale, value) in writing.biases.items()}
+    for path in others:
+        places = [(param, value) for (other, param), value in writing.values.items() if other == path]
+        site, value = places[0][1]
+        if len(places) > 1 or places[0][0] != "bias" or path not in writing.paths.out or site.view is not None:
+            return {}
+        found[path] = found[path] + value if path in found else value
+    return found
 
 
-def _prefix(
-    writing: _Writing, patch: Patch, memories: list[Site], found: Mapping[str, dict[str, Tensor]], fields: Fields
-) -> tuple[str, Fields, dict[str, Tensor]]:
-    form = patch.form
-    assert isinstance(form, Attend)
-    if form.reparameterise is not None or form.factor is not None or form.mix != "shared":
-        raise ModuleError("peft holds plain keys and values in the attention's own softmax; flatten the module: host.extract(name, flatten=True)")
-    missing = [site.name for site in memories if site.name not in found]
-    if missing or any(site.stack for site in memories):
-        raise ModuleError(f"peft's prefix is for all layers of a model with one stack; here it is missing at {listing(missing, 4) or 'none, but there are two stacks'}")
-    blocks = torch.stack([found[site.name][leaf] for site in memories for leaf in ("keys", "values")])
-    heads, length, size = blocks.shape[1:]
-    fields |= {"num_virtual_tokens": length, "token_dim": heads * size, "num_attention_heads": heads, "encoder_hidden_size": heads * size}
-    writing.notes[f"peft also moves the tokens' positions by {length}; here they stay, so outputs of models with positions differ"] = None
-    return "PREFIX_TUNING", fields, {"prompt_embeddings": blocks.permute(2, 0, 1, 3).reshape(length, -1)}
+def _as_shifts(writing: _Writing, shifts: Mapping[str, Tensor]) -> tuple[Fields, dict[str, Tensor]]:
+    for path in shifts:
+        writing.values.pop((path, "bias"), None)
+    fields: Fields = {"target_modules": suffixes(shifts, writing.paths.known)}
+    tensors = {f"{PREFIX}{path}.beft_bias": value[None] for path, value in shifts.items()}
+    if any(writing.paths.weight(path).transposed for path in shifts):
+        writing.notes["peft's BEFT does not load on this model's transposed (Conv1D) layers"] = None
+    return fields, tensors | _values(writing, "BEFT", {}, fields)

@@ -1,0 +1,176 @@
+"""Against peft itself: adapters of every kind that it makes are read, answered and written back to the byte, and loaded by it again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from intarsia.errors import ModuleError
+from intarsia.host import Host
+from intarsia.modules import Module, dumps, loads
+from intarsia.sites import fingerprint, resolve
+from intarsia.store.convert import Report, read_peft, write_peft
+from intarsia.store.convert.peft_config import COMMON, DEFAULTS
+from tests.store import live
+from tests.store.live import CASES, TASKS
+
+pytest.importorskip("peft", "0.21", reason="peft is an extra of the tests")
+
+#: kinds that peft cannot make on these families, in its own words
+IMPOSSIBLE = {
+    "lora-olora": ("gpt2",),
+    **dict.fromkeys(("loha", "lokr", "lokr-both", "lokr-full", "oft", "oft-exact", "oft-shared", "boft", "boft-butterfly", "hra", "hra-odd", "hra-gs", "miss", "miss-mini", "c3a", "delora", "road", "road-2", "road-4", "shira", "beft", "supertuning"), ("gpt2",)),
+    **dict.fromkeys(("prompt", "p-tuning", "p-tuning-lstm"), ("bert",)),
+    **dict.fromkeys(("prefix", "prefix-projected"), ("bert", "xlm-roberta-cls")),
+}  # fmt: skip
+#: read as something else that gives the same outputs, so that the file that is written is another
+OTHER = {"lora-pissa", "lora-olora", "lokr-both", "pvera", "miss-mini", "hra-gs", "delora", "road-2", "road-4", "vblora"}
+#: not written at all
+UNWRITTEN = {"randlora", "llama-adapter"}
+#: where peft's outputs are others, for the reason in the report
+APART = {
+    ("lora-tokens", "bert"): "loses the bias", ("tokens", "bert"): "loses the bias",
+    ("lora-embedding", "bert"): "tied to it", ("lora-embedding", "gpt2"): "tied to it",
+    ("prompt", "xlm-roberta-cls"): "first position", ("p-tuning", "xlm-roberta-cls"): "first position", ("p-tuning-lstm", "xlm-roberta-cls"): "first position",
+}  # fmt: skip
+#: files with numbers that nothing reads, in an order or a place of their own
+UNREAD = {("prompt", "t5"), ("p-tuning", "t5"), ("p-tuning-lstm", "t5"), ("prefix", "t5"), ("prefix-projected", "t5"), ("lora-embedding", "t5"),
+          ("lora-all-biases", "xlm-roberta-cls"), ("supertuning", "bert"), ("supertuning", "xlm-roberta-cls"), ("supertuning", "llama"), ("supertuning", "t5")}  # fmt: skip
+MATRIX = [(name, family) for name, case in CASES.items() for family in case.families if family not in IMPOSSIBLE.get(name, ())]
+#: one family of each kind
+FAST = {(name, families[index % len(families)]) for index, (name, families) in enumerate({n: [f for m, f in MATRIX if m == n] for n in CASES}.items())}
+
+
+def read(folder: Path, family: str) -> tuple[Module, Report]:
+    model, _ = live.base(family)
+    return read_peft(folder, sites=resolve(model), base=fingerprint(model), weights=model.state_dict(), model=model)
+
+
+def write(module: Module, family: str, folder: Path, **options: Any) -> Report:
+    model, _ = live.base(family)
+    return write_peft(module, folder, sites=resolve(model), weights=model.state_dict(), model=model, **options)
+
+
+def ours(module: Module, family: str) -> torch.Tensor:
+    model, inputs = live.base(family)
+    host = Host(model).insert(module)
+    with host.using(module.name):
+        return live.logits(model, inputs)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want[:, -got.shape[1] :] if want.dim() == 3 else want, atol=1e-5 * max(1.0, float(want.abs().max())), rtol=0)
+
+
+@pytest.mark.parametrize(("name", "family"), [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in MATRIX])
+def test_from_peft_and_back(name: str, family: str, tmp_path: Path) -> None:
+    want = live.make(CASES[name], family, tmp_path / "theirs")
+    model, inputs = live.base(family)
+    plain = live.logits(model, inputs)
+    assert float((want[:, -plain.shape[1] :] if want.dim() == 3 else want).sub(plain).abs().max()) > 1e-3, "the adapter does nothing"
+    module, report = read(tmp_path / "theirs", family)
+    assert report.complete and report.carried == len(load_file(tmp_path / "theirs/adapter_model.safetensors"))
+    module = loads(dumps(module))
+    if (name, family) in APART:
+        assert any(APART[name, family] in note for note in report.notes), report.notes
+    else:
+        close(ours(module, family), want)
+    if name in UNWRITTEN:
+        with pytest.raises(ModuleError):
+            write(module, family, tmp_path / "ours")
+        return
+    written = write(module, family, tmp_path / "ours")
+    assert written.complete, written
+    close(live.spoken(tmp_path / "ours", family), want)
+    if name not in OTHER and (name, family) not in UNREAD:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes(), (file, live.differing(tmp_path / "ours", tmp_path / "theirs"))
+
+
+def test_every_field_has_pefts_own_default() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    needed: dict[str, dict[str, Any]] = {"ADALORA": {"total_step": 1}, "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [1], "cpt_mask": [1], "cpt_tokens_type_mask": [1]}}
+    derived = {"num_virtual_tokens", "num_transformer_submodules", *needed["CPT"], *needed["ADALORA"]}
+    made = {str(getattr(kind, "value", kind)): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    assert DEFAULTS.keys() <= made.keys()
+    for kind, ours in DEFAULTS.items():
+        theirs = {key: getattr(value, "value", value) for key, value in made[kind](**needed.get(kind, {})).to_dict().items() if key not in COMMON and key != "runtime_config"}
+        assert theirs.keys() == ours.keys(), kind
+        assert {key: value for key, value in theirs.items() if key not in derived and value != ours[key]} == {}, kind
+
+
+def test_a_trained_module_is_written_with_the_fields_it_came_with(tmp_path: Path) -> None:
+    live.make(CASES["lora-gaussian"], "llama", tmp_path / "theirs")
+    module, _ = read(tmp_path / "theirs", "llama")
+    other = Module(module.name, module.method, {key: t + 1 for key, t in module.tensors.items()}, module.base, card=module.card)
+    write(other, "llama", tmp_path / "ours")
+    assert live.differing(tmp_path / "ours", tmp_path / "theirs") == []
+
+
+def test_a_changed_module_is_not(tmp_path: Path) -> None:
+    """Scaled, the fields it came with are no longer what it does."""
+    from dataclasses import replace
+
+    from intarsia.patches import Add
+
+    live.make(CASES["lora-gaussian"], "llama", tmp_path / "theirs")
+    module, _ = read(tmp_path / "theirs", "llama")
+    patches = tuple(replace(patch, op=Add(0.5)) for patch in module.method.patches)
+    write(Module("half", replace(module.method, patches=patches), module.tensors, module.base, card=module.card), "llama", tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["lora_alpha"] == 1.5
+    fewer = {key: t for key, t in module.tensors.items() if not key.startswith("0.")}
+    last = tuple(replace(patch, at="1.attn.{q,v}") for patch in module.method.patches)
+    write(Module("last", replace(module.method, patches=last), fewer, module.base, card=module.card), "llama", tmp_path / "fewer")
+    assert json.loads((tmp_path / "fewer/adapter_config.json").read_text())["target_modules"] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_our_prefix_in_peft(family: str, tmp_path: Path) -> None:
+    """Rotary keys are turned, a table of relative positions is said so; one of absolute positions cannot be made up for."""
+    from intarsia.methods import build
+    from intarsia.patches import Attend
+    from tests.host.kit import disturb
+
+    model, _ = live.base(family)
+    method = build("prefix", length=4, reparameterise=None)
+    if family == "t5":
+        from dataclasses import replace
+
+        patches = tuple(replace(patch, at="decoder.{0,1}.attn.mem", form=Attend(4, None, relative=True)) for patch in method.patches)
+        method = replace(method, patches=patches)
+    host = Host(model).add("m", method)
+    disturb(host, "m", 3, 0.3)
+    module = host.extract("m")
+    if family == "t5":  # peft gives both layers the same
+        module = Module("m", module.method, {**module.tensors, **{key.replace("r.0.", "r.1."): t for key, t in module.tensors.items() if "r.0." in key}}, module.base)
+    report = write(module, family, tmp_path / "out", task_type=TASKS[family])
+    want, got = ours(module, family), live.spoken(tmp_path / "out", family)
+    if family == "gpt2":
+        assert any("outputs differ" in note for note in report.notes)
+    else:
+        close(got, want)
+
+
+def test_an_adapter_with_a_name(tmp_path: Path) -> None:
+    """peft keeps it in a folder of its name."""
+    import peft
+
+    model, inputs = live.base("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="swh")
+        wrapped.add_adapter("kab", peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["v_proj"], init_lora_weights=False))
+        wrapped.eval().save_pretrained(str(tmp_path / "both"))
+    for name in ("swh", "kab"):
+        wrapped.set_adapter(name)
+        want = live.logits(wrapped, inputs)
+        module, _ = read(tmp_path / "both" / name, "llama")
+        assert module.name == name
+        close(ours(module, "llama"), want)
