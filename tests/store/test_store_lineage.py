@@ -64,6 +64,11 @@ def test_conflicts_are_on_the_card_and_hold_both_ways(store: Store) -> None:
     for order in itertools.permutations(("one", "two", "three")):
         with pytest.raises(CompositionError, match="'two' must not be used together with 'one'"):
             check_together({name: store.get(name) for name in order})
+    with pytest.raises(CompositionError, match="'top' must not be used together with 'both'"):
+        foe = lora(5, "foe")
+        card = Card(conflicts=(foe.digest,))
+        check_together({"both": average([foe, lora(6, "friend")], name="both"), "top": lora(7, "top", card=card)})
+    assert average([lora(7, "top", card=card), lora(6, "friend")], name="both").card.conflicts == (foe.digest,)
     with pytest.raises(StoreError, match="no 'nobody'"):
         store.add(three, conflicts=["nobody"])
 

@@ -15,7 +15,7 @@ from intarsia.cli.verb import verb
 from intarsia.errors import ModuleError
 
 if TYPE_CHECKING:
-    from intarsia.store.store import Stored
+    from intarsia.store.entry import Stored
 
 Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
 AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Go on although a required module is not there.")]
@@ -175,7 +175,7 @@ def gc(
 
 
 def _summary(entry: Stored) -> dict[str, Any]:
-    from intarsia.store.store import languages_of, method_name
+    from intarsia.store.finding import languages_of, method_name
 
     row: dict[str, Any] = {"sha256": entry.sha256, "names": list(entry.names), "problem": entry.problem}
     header = entry.header

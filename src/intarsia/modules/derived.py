@@ -45,6 +45,7 @@ def derived_card(modules: Sequence[Module], operation: str, settings: Mapping[st
         warnings=_union((*warnings, doubt)) if doubt else warnings,
         parents=digests,
         parent_names=tuple(parents[digest] for digest in digests),
+        conflicts=_union(digest for card in cards for digest in card.conflicts),
     )
 
 

@@ -20,8 +20,8 @@ from typing import Any
 from intarsia._codec import canonical_json, parse_json
 from intarsia.errors import ModuleError, SpecError, StoreError, UsageError
 from intarsia.modules import write_atomic
+from intarsia.store.entry import Label
 from intarsia.store.pointers import check_label, check_store_name
-from intarsia.store.store import Label
 
 INDEX = "index.json"
 LARGEST = 2 << 30

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import langcodes
 from langcodes.data_dicts import LANGUAGE_ALPHA3, NORMALIZED_MACROLANGUAGES
 
+from intarsia.store.entry import Stored
+from intarsia.store.finding import languages_of
 from intarsia.store.language import macro_of, scripts
-from intarsia.store.store import Stored, languages_of
 
 Groups = Mapping[str, tuple[str, ...]]
 """By ISO 639-3 code the groups a language belongs to, from the largest to the smallest."""

@@ -22,9 +22,10 @@ from typing import Any
 
 from intarsia.errors import StoreError, UsageError
 from intarsia.modules.readme import render
+from intarsia.store.entry import Label
 from intarsia.store.pointers import check_label, check_store_name, decoded, encoded, is_version, pointed
 from intarsia.store.remote import check_hash, check_versions, reaching, too_large
-from intarsia.store.store import Label, Store
+from intarsia.store.store import Store
 
 README = "README.md"
 _URL = re.compile(r"hf://([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([A-Za-z0-9._/-]{1,100}))?/?")

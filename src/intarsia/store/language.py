@@ -80,14 +80,6 @@ def scripts(tags: Iterable[str], card: str = "") -> set[str]:
     return found or {code for code in card.split("+") if code}
 
 
-def normalised(tag: str) -> str:
-    """The code of a tag's language as langcodes writes it (`sw` for `swh`, `swa` and `sw-KE`); the tag if it cannot be read."""
-    try:
-        return _codes(langcodes.Language.get(tag))[0]
-    except ValueError:
-        return tag
-
-
 def macro_of(code: str) -> str:
     """The macro-language that a language belongs to, "" if to none."""
     own, macro = _codes(langcodes.Language.get(code))

@@ -14,7 +14,9 @@ from typing import Any
 
 from intarsia.errors import CompositionError
 from intarsia.modules import Header
-from intarsia.store.store import Store, Stored, method_name
+from intarsia.store.entry import Stored
+from intarsia.store.finding import method_name
+from intarsia.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +159,17 @@ def origin(header: Header) -> dict[str, Any]:
     }
 
 
-def check_together(headers: Mapping[str, Any]) -> None:
-    """Refuse modules that must not be used together.
+def check_together(modules: Mapping[str, Any]) -> None:
+    """Refuse modules that must not be used together; what was made from a module counts as that module.
 
     Args:
-        headers: modules or their headers by the names they are used under.
+        modules: modules or their headers by the names they are used under.
 
     Raises:
-        CompositionError: names both, and whose card says so.
+        CompositionError: names both.
     """
-    digests = {each.digest: name for name, each in headers.items()}
-    for name, each in headers.items():
+    held = {digest: name for name, each in modules.items() for digest in (*each.card.parents, each.digest)}
+    for name, each in modules.items():
         for digest in each.card.conflicts:
-            if digest in digests and digests[digest] != name:
-                raise CompositionError(f"{name!r} must not be used together with {digests[digest]!r}: its card names it among its conflicts; leave one of them out")
+            if held.get(digest, name) != name:
+                raise CompositionError(f"{name!r} must not be used together with {held[digest]!r}: its card names it among its conflicts; leave one of them out")

@@ -23,8 +23,9 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from intarsia.errors import IntarsiaError, ModuleError, StoreError, UsageError
+from intarsia.store.entry import Label
 from intarsia.store.pointers import check_label, check_store_name, decoded, encoded, is_version, pointed
-from intarsia.store.store import Label, Store
+from intarsia.store.store import Store
 
 LOCAL = ("file", "local", "memory")
 """Schemes that open no network connection."""

@@ -7,7 +7,7 @@
 A writer holds the lock of the store (`.lock`; released by the system when a process dies) and writes a blob before its
 pointer, each whole and synced.  Readers take no lock: what they find is whole, and its hash is checked.
 
-What is not here: the pointer files (`pointers.py`), matching of languages (`language.py`), what modules are to one another
+What is not here: the pointer files (`pointers.py`), what is asked of modules (`finding.py`), what modules are to one another
 (`lineage.py`), bundles (`bundle.py`), remotes (`remote.py`), comparison of two modules (`diff.py`).
 """
 
@@ -19,16 +19,16 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from intarsia.errors import IntarsiaError, ModuleError, StoreError, UsageError, listing, nearest
 from intarsia.modules import Header, Module, dumps, loads, read_header, sweep_temporary, write_atomic
 from intarsia.modules.atomic import _sync_folder
-from intarsia.store.language import LanguageQuery, check_script, scripts
+from intarsia.store.entry import Collected, Label, Stored
+from intarsia.store.finding import Query
 from intarsia.store.pointers import (
     LATEST,
     Pointers,
@@ -46,56 +46,6 @@ _SUFFIX = ".safetensors"
 _BLOB = re.compile(r"([0-9a-f]{64})\.safetensors")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 _WAIT = 60.0  # seconds for another writer to finish
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A module in a store, without its tensors.
-
-    Attributes:
-        sha256: hash of the file.
-        names: `name@version` and `name@tag` that point at it.
-        header: what the file says of itself, None if it cannot be read.
-        problem: why not, else "".
-    """
-
-    sha256: str
-    names: tuple[str, ...]
-    header: Header | None
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What `gc` removed.
-
-    Attributes:
-        removed: sha256 of the blobs removed.
-        kept: number of blobs that stay.
-        freed: bytes of the blobs removed.
-    """
-
-    removed: tuple[str, ...]
-    kept: int
-    freed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A name of a module as it travels between stores.
-
-    Attributes:
-        name: the module's name.
-        label: a version or a tag of it.
-        sha256: hash of the file it points at.
-    """
-
-    name: str
-    label: str
-    sha256: str
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.label}"
 
 
 def default_path() -> Path:
@@ -295,33 +245,9 @@ class Store:
         self, *, language: str | None = None, script: str | None = None, task: str | None = None, base: str | None = None,
         method: str | None = None, domain: str | None = None,
     ) -> list[Stored]:  # fmt: skip
-        """The modules that answer to all that is asked for; those with a problem do not.
-
-        Args:
-            language: BCP-47 tag or ISO 639 code, see `LanguageQuery`; of the card's languages and the role `language`.
-            script: ISO 15924 code: of the tags, the card, or the one a language is usually written in.
-            task: as in the card or the role `task`.
-            base: as in the card, or the fingerprint's architecture or weights.
-            method: name of the method.
-            domain: the role `domain`.
-        """
-        if script is not None:
-            script = check_script(script)
-        query = None if language is None else LanguageQuery(language)
-
-        def fits(header: Header) -> bool:
-            card = header.card
-            spoken = languages_of(header)
-            return (
-                (query is None or any(query.matches(tag, card.script) for tag in spoken))
-                and (script is None or script in scripts(spoken, card.script))
-                and (task is None or task in (card.task, header.roles.get("task")))
-                and (base is None or base in (card.base, header.base.architecture, header.base.weights))
-                and (method is None or method == method_name(header))
-                and (domain is None or domain == header.roles.get("domain"))
-            )
-
-        return [entry for entry in self.entries() if entry.header is not None and fits(entry.header)]
+        """The modules that answer to all that is asked for, see `Query`; those with a problem do not."""
+        query = Query(language=language, script=script, task=task, base=base, method=method, domain=domain)
+        return [entry for entry in self.entries() if entry.header is not None and query.fits(entry.header)]
 
     def verify(self, reference: str | None = None) -> list[str]:
         """Read modules (all of them by default) and say what is wrong; an empty list if nothing is."""
@@ -516,17 +442,6 @@ class Store:
             yield
         finally:
             lock.release()
-
-
-def languages_of(header: Header) -> list[str]:
-    """Languages of a module: those of its card, and of the role `language` (several joined by `+`)."""
-    return list(dict.fromkeys((*header.card.languages, *filter(None, header.roles.get("language", "").split("+")))))
-
-
-def method_name(header: Header) -> str:
-    """The method's name; the method itself need not be installed."""
-    found: Any = header.specification.get("name", "")
-    return str(found)
 
 
 def _short(digest: str) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from intarsia.errors import ModuleError, StoreError, UsageError, listing, nearest
 from intarsia.store.bundle import LARGEST, is_bundle, read_bundle, write_bundle
+from intarsia.store.entry import Label
 from intarsia.store.pointers import LATEST, check_store_name, is_version, order
 from intarsia.store.remote import FolderRemote, Remote
-from intarsia.store.store import Label, Store
+from intarsia.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
