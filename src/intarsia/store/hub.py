@@ -129,7 +129,7 @@ class HubRemote:
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """Without progress bars: a pointer of 65 bytes needs none."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()
     disable_progress_bars()
