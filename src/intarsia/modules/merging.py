@@ -9,7 +9,7 @@ and the layer's shape cannot be multiplied out without the model and are refused
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -162,12 +162,12 @@ def _check_share(what: str, value: float, low: bool = False) -> None:
         raise UsageError(f"{what} is a share from 0 to 1{' (below 1)' if low else ''}, found {value}")
 
 
-def _trimmed(values: Mapping[Place, Tensor], keep: float, scope: Scope) -> dict[Place, Tensor]:
-    """The largest entries by magnitude, exactly round(keep * n) of them; of equals the first by place."""
+def _trimmed(values: Mapping[Place, Tensor], keep: float, scope: Scope, count: Callable[[float], int] = round) -> dict[Place, Tensor]:
+    """The largest entries by magnitude, exactly count(keep * n) of them; of equals the first by place."""
 
     def cut(flat: Tensor) -> Tensor:
         kept = torch.zeros(flat.numel(), dtype=torch.bool)
-        kept[flat.abs().argsort(descending=True, stable=True)[: round(keep * flat.numel())]] = True
+        kept[flat.abs().argsort(descending=True, stable=True)[: count(keep * flat.numel())]] = True
         return flat * kept
 
     order = sorted(values)
@@ -211,6 +211,8 @@ def dare(module: Module, drop: float, seed: int = 0, *, name: str | None = None)
 
 
 Variant = Literal["paper", "peft", "mergekit"]
+#: how many of `keep * n` entries stay: peft rounds down, and mergekit keeps one at least
+_COUNTS: Mapping[Variant, Callable[[float], int]] = {"paper": round, "peft": int, "mergekit": lambda share: max(1, int(share)) if share > 0 else 0}
 Elect = Literal["mass", "count"]
 
 
@@ -236,7 +238,8 @@ def ties(
         weight: lambda of the paper, on the result.
         weights: one per module; None for ones.  `peft` multiplies them in after the election and divides by the number of
             entries that agree; `mergekit` multiplies before the election and divides by the weights of those that agree;
-            the paper has none.
+            the paper has none.  Both round the number of entries down, and take an undecided election for the positive sign,
+            where the paper's has no winner and the entry is zero.
         elect: the sign with more mass, or (`count`) the one of more modules.
         scope: where the largest are looked for; None for the variant's own (`paper`: module, the others: tensor).
     """
@@ -250,7 +253,7 @@ def ties(
     shares = torch.tensor(shares_of(modules, weights))
     changes = changes_of(modules, head)
     scope = scope or ("module" if variant == "paper" else "tensor")
-    trimmed = [_trimmed({place: value for place, (_, value) in found.items()}, keep, scope) for found in changes]
+    trimmed = [_trimmed({place: value for place, (_, value) in found.items()}, keep, scope, _COUNTS[variant]) for found in changes]
     result = {}
     for place, term in places_of(changes).items():
         here = [i for i, found in enumerate(changes) if place in found]
@@ -258,9 +261,10 @@ def ties(
         mine = shares[here].to(stack.dtype).view(-1, *[1] * (stack.dim() - 1))
         voting = stack * mine if variant == "mergekit" else stack
         sign = (voting if elect == "mass" else voting.sign()).sum(0).sign()
+        sign = sign if variant == "paper" else torch.where(sign == 0, 1, sign)
         agree = (voting.sign() == sign) & (stack != 0)
         whole = (mine * agree).sum(0) if variant == "mergekit" else agree.sum(0).clamp(min=1)
-        result[place] = (term, weight * (stack * mine * agree).sum(0) / torch.where(whole.abs() < 1e-8, 1, whole))
+        result[place] = (term, weight * (stack * mine * agree).sum(0) / torch.where(whole == 0, 1, whole))
     settings = {"keep": keep, "weight": weight, "variant": variant, "elect": elect, "scope": scope}
     return from_changes(modules, result, name, head, "ties", **settings, **({"weights": list(weights)} if weights is not None else {}))
 
