@@ -130,7 +130,8 @@ class Job:
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Job:
         """The job of a result."""
-        return cls(**{name: line.get(name) for name in cls.__dataclass_fields__})
+        values: dict[str, Any] = {name: line.get(name) for name in cls.__dataclass_fields__}
+        return cls(**values)
 
 
 @cache

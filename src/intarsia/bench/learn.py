@@ -138,8 +138,11 @@ def run_job(job: Job, data: Path, *, dev_only: bool = False) -> dict[str, Any]:
 def _trained(host: Host, task: Any, table: Any, job: Job) -> dict[str, Any]:
     """Train the module `m` of a host; gives size, time and memory."""
     about, clock = source(job.task), _Clock()
-    rate = {"head_learning_rate" if job.method == "head" else "learning_rate": job.rate}
-    recipe = Recipe(max_steps=job.steps, batch_size=about.batch, seed=job.seed, max_length=about.length, base_dropout=False, **rate)
+    main, head = (None, job.rate) if job.method == "head" else (job.rate, None)
+    recipe = Recipe(
+        max_steps=job.steps, batch_size=about.batch, seed=job.seed, max_length=about.length, base_dropout=False,
+        learning_rate=main, head_learning_rate=head,
+    )  # fmt: skip
     with _peak() as largest:
         result = train(host, "m", task, table, recipe=recipe, callbacks=[clock])
         peak = largest()
