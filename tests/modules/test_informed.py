@@ -10,7 +10,8 @@ from intarsia.host import Host
 from intarsia.host.statistics import diagonal_fisher, grams
 from intarsia.modules.arithmetic import average
 from intarsia.modules.informed import fisher, regmean
-from intarsia.modules.merging import dense
+from intarsia.modules.merging import aligned, dense
+from intarsia.modules.terms import kind_of, scattered
 from tests import zoo
 from tests.host.kit import answer, disturb, small
 from tests.modules.test_arithmetic import pair
@@ -113,3 +114,21 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
             fisher([a, b], statistics)
     with pytest.raises(UsageError, match="give one weight"):
         regmean([a, b], [ones, ones], [1.0])
+
+
+@pytest.mark.parametrize("method", ["lt_sft", "s2ft", "full"])
+def test_any_additive_method_has_statistics(method: str) -> None:
+    """Fisher weights per chosen entry are those of the whole tensor there; RegMean multiplies what reads inputs, and averages the rest."""
+    host, inputs, a, b = pair("bert", method)
+    importance = [diagonal_fisher(host, name, [inputs], loss=loss) for name in "ab"]
+    merged, left, right = aligned([fisher([a, b], importance), a, b])
+    for place, (term, value) in merged.items():
+        f, g = (one[place[0]] + 1e-12 for one in importance)
+        d, e = (scattered(term.factor, {**term.tensors, "values": v[place][1]}, tuple(f.shape)) if kind_of(term.factor) else v[place][1] for v in (left, right))
+        got = scattered(term.factor, {**term.tensors, "values": value}, tuple(f.shape)) if kind_of(term.factor) else value
+        torch.testing.assert_close(got, ((f * d + g * e) / (f + g)).float(), atol=1e-6, rtol=1e-3)
+    inside = [grams(host, name, [inputs]) for name in "ab"]
+    assert all(site.endswith(".weight") for site in inside[0]) and "0.attn.o.weight" in inside[0]
+    found, mean = aligned([regmean([a, b], inside), average([a, b])])
+    differs = {site for (site, _), (_, value) in found.items() if not torch.allclose(value, mean[site, "matrix"][1], atol=1e-5)}
+    assert differs <= set(inside[0]) and bool(differs) == (method == "full"), "chosen entries are averaged"
