@@ -57,11 +57,15 @@ def ln() -> Method:
     return Method("ln", (norm_patch(),), Policy(learning_rate=1e-3))
 
 
+#: where BitFit makes biases for models without
+CREATED = "{attn,xattn}.{q,k,v,o}, ffn.{gate,up,down}"
+
+
 @row("bitfit", equation="b' = b + d for every bias vector", source="Ben-Zaken et al. 2022, arXiv 2106.10199")
 def bitfit(at: str = "**.bias", create: bool = False) -> Method:
-    """Every bias vector of the model; with `create`, a new one at every linear layer (for models without biases)."""
+    """Every bias vector of the model; with `create`, a new one at every linear layer, or at the outputs `at` (for models without biases)."""
     if create:
-        patch = Patch("shift", "{attn,xattn}.{q,k,v,o}, ffn.{gate,up,down}", Const(), Add())
+        patch = Patch("shift", CREATED if at == "**.bias" else at, Const(), Add())
     else:
         patch = Patch("shift", at, Matrix(), port="weight")
     return Method("bitfit", (patch,), Policy(learning_rate=1e-3))
