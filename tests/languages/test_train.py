@@ -146,6 +146,7 @@ def test_the_teacher_is_the_bare_base_and_the_losses_are_what_they_say(bare: Bas
     assert losses.abs().max() < 1e-8 and owner.tolist() == [0, 1, 2, 3, 4]
     other = Align(bare.tokenizer, AlignOptions(how="contrastive", temperature=0.1, max_length=48))
     both = task.collate([features[0], own[0], features[1]])
+    assert set(task.taught) == set(found.train.texts("source")[:5])  # each once, and only when it is needed
     with torch.no_grad():
         outputs = bare.model(**{key: both[key] for key in task.keys})
     losses, _ = other.term_losses(outputs, both)
@@ -155,7 +156,7 @@ def test_the_teacher_is_the_bare_base_and_the_losses_are_what_they_say(bare: Bas
     wanted = [-alike[i, i] + np.log(sum(np.exp(alike[i, j]) for j in range(3) if j == i or both["row"][j] != both["row"][i])) for i in range(3)]
     assert losses.numpy() == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(UsageError, match="bind"):
-        other.features(found.train)
+        other.collate(other.features(found.train)[:2])
 
 
 def test_languages_of_a_pair_are_seen_equally_often(small: Corpus) -> None:

@@ -97,7 +97,8 @@ def test_rows_of_overlapping_pieces_are_the_bases(base: Base, host: Host, corpus
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert torch.equal(found, matrix[[alike[i] for i in sorted(alike)]])
         assert logits.shape[-1] == len(made.tokenizer)
-        assert not any(torch.equal(t.flatten()[: matrix.shape[1]], row) for t in module.tensors.values() if t.is_floating_point() for row in matrix[:5])  # no copy is stored
+        rows = next(t for k, t in module.tensors.items() if k.endswith(("factor.value", "factor.codes")))
+        assert len(rows) == len(made.tokenizer) - len(alike)  # new rows only are stored
     finally:
         host.remove("words")
     assert torch.equal(model.get_input_embeddings().weight, matrix)
@@ -189,8 +190,9 @@ def test_any_family_takes_a_vocabulary(family: str, mode: str) -> None:
     assert first.shape[-1] == rows
     if mode == "append":
         known = {key: value % zoo.VOCAB if "ids" in key else value for key, value in batch.items()}
+        plain = model(**known).logits
         with host.using("v") as running:
-            assert torch.allclose(running(**known).logits[..., : zoo.VOCAB], model(**known).logits, atol=1e-6)
+            assert torch.allclose(running(**known).logits[..., : zoo.VOCAB], plain, atol=1e-6)
     stored = loads(dumps(host.extract("v")))
     host.remove("v")
     host.insert(stored)
@@ -256,8 +258,8 @@ def test_sparsemax_is_a_projection_onto_the_simplex(values: list[float]) -> None
 
 def test_the_verbs(cli: Here, corpus: Corpus, folder: Path, tmp_path: Path) -> None:
     save(corpus, tmp_path / "kab")
-    told = cli("vocab", "plan", str(tmp_path / "kab"), "--base", str(folder), "--size", "100,200", "--json").ok().json
-    assert [line["size"] for line in told] == [0, 100, 200] and told[2]["pieces_per_word"] < told[1]["pieces_per_word"] < told[0]["pieces_per_word"]
+    told = cli("vocab", "plan", str(tmp_path / "kab"), "--base", str(folder), "--size", "80,140", "--json").ok().json
+    assert [line["size"] for line in told] == [0, 80, 140] and told[2]["pieces_per_word"] < told[1]["pieces_per_word"] < told[0]["pieces_per_word"]
     out = tmp_path / "v.safetensors"
     found = cli("vocab", "extend", str(tmp_path / "kab"), "--base", str(folder), "--size", "120", "--init", "focus", "-o", str(out), "--json").ok().json
     module = load(out)

@@ -75,53 +75,53 @@ class Align(BaseTask[AlignOptions]):
         self.choose_metric(options.metric, ("retrieval", "retrieval_back", "cosine"))
         self.teacher_tokenizer = tokenizer
         self.model: Any = None
+        self.taught: dict[str, Tensor] = {}
 
     def bind(self, model: Any) -> None:
         """Take the base that gives the teacher's vectors: the model with no module running."""
         self.model = model
 
     def features(self, table: Rows, *, labelled: bool = True) -> Sequence[Features]:
-        """Two features per row (one without `both`): ids, and the teacher's vector of the row.
+        """Two features per row (one without `both`): ids, and the known language's sentence, whose vector is the teacher's."""
+        o = self.options
+        targets, sources = (columns.texts(table, name, o.normalise) for name in (o.target, o.source))
+        found, counts = encode(self.tokenizer, [o.prefix + text for text in targets], None, self.max_length)
+        features: list[Features] = [{**ids, "row": i, "known": sources[i], "kind": 0} for i, ids in enumerate(found)]
+        if o.both:
+            mine, _ = encode(self.tokenizer, [o.prefix + text for text in sources], None, self.max_length)
+            features += [{**ids, "row": i, "known": sources[i], "kind": 1} for i, ids in enumerate(mine)]
+        self._counts = counted(features, **{k: int(v) for k, v in counts.items()})
+        return features
+
+    def teach(self, texts: Sequence[str]) -> Tensor:
+        """Vectors of the bare base, [N, d], on the CPU; each text is computed once.  No module may be running.
 
         Raises:
             UsageError: no model was bound, or it has a language-model head in the way of its states.
         """
-        o = self.options
-        targets, sources = (columns.texts(table, name, o.normalise) for name in (o.target, o.source))
-        vectors = self._teach(sources)
-        found, counts = encode(self.tokenizer, [o.prefix + text for text in targets], None, self.max_length)
-        features: list[Features] = [{**ids, "row": i, "teacher": vectors[i], "kind": 0} for i, ids in enumerate(found)]
-        if o.both:
-            mine, _ = encode(self.tokenizer, [o.prefix + text for text in sources], None, self.max_length)
-            features += [{**ids, "row": i, "teacher": vectors[i], "kind": 1} for i, ids in enumerate(mine)]
-        self._counts = counted(features, **{k: int(v) for k, v in counts.items()})
-        return features
+        new = [text for text in dict.fromkeys(texts) if text not in self.taught]
+        for start in range(0, len(new), BATCH):
+            self._teach(new[start : start + BATCH])
+        return torch.stack([self.taught[text] for text in texts])
 
-    @torch.inference_mode()
-    def _teach(self, texts: Sequence[str]) -> Tensor:
-        """Vectors of the bare base, [N, d], on the CPU."""
+    @torch.inference_mode(False)  # the vectors are used in training, wherever they were first asked for
+    @torch.no_grad()
+    def _teach(self, texts: Sequence[str]) -> None:
         if self.model is None:
             raise UsageError("align needs the base for its teacher: call bind(model) first")
         ids, _ = encode(self.teacher_tokenizer, [self.options.prefix + text for text in texts], None, self.max_length)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]["input_ids"]))
-        made: list[Tensor | None] = [None] * len(ids)
         was = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(order), BATCH):
-                chosen = order[start : start + BATCH]
-                batch = {key: pad([ids[i][key] for i in chosen], self.fill[key]).to(self.model.device) for key in self.keys if key in ids[0]}
-                states = states_of(self.model(**batch))
-                pooled = pool(states, batch["attention_mask"], self.options.pooling)
-                for i, vector in zip(chosen, pooled.float().cpu()):
-                    made[i] = vector.clone()
+            batch = {key: pad([row[key] for row in ids], self.fill[key]).to(self.model.device) for key in self.keys if key in ids[0]}
+            pooled = pool(states_of(self.model(**batch)), batch["attention_mask"], self.options.pooling)
         finally:
             self.model.train(was)
-        return torch.stack([vector for vector in made if vector is not None])
+        self.taught.update(zip(texts, pooled.float().cpu().clone()))
 
     def collate(self, features: Sequence[Features]) -> Batch:
         batch = super().collate(features)
-        batch["teacher"] = torch.stack([f["teacher"] for f in features])
+        batch["teacher"] = self.teach([f["known"] for f in features])
         batch["kind"] = [int(f["kind"]) for f in features]
         return batch
 

@@ -54,9 +54,8 @@ class Factorised:
             return _fit_codes(some[nearest], rows, self.shared, steps=50), None
         basis = self.shared["basis"]
         if self.cluster is None:
-            return rows @ torch.linalg.pinv(basis[0]), None
-        inverse = torch.linalg.pinv(basis)
-        codes = torch.stack([rows @ inverse[c] for c in range(len(basis))])
+            return _solved(basis[0].T, rows.T).T, None
+        codes = torch.stack([_solved(basis[c].T, rows.T).T for c in range(len(basis))])
         errors = torch.stack([(codes[c] @ basis[c] - rows).square().sum(1) for c in range(len(basis))])
         best = errors.argmin(0)
         return codes[best, torch.arange(len(rows))], best.to(torch.int32)
@@ -114,6 +113,14 @@ def _svd(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return rows @ vectors.T, vectors.contiguous()
 
 
+def _solved(matrix: Tensor, wanted: Tensor) -> Tensor:
+    """The least-squares solution of matrix @ x = wanted, by normal equations: LAPACK's own solvers differ in the last digit from call to call."""
+    a, b = matrix.double(), wanted.double()
+    gram = a.T @ a
+    ridge = 1e-10 * float(gram.diagonal().mean()) + 1e-12
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), a.T @ b).float()
+
+
 def kmeans(rows: Tensor, clusters: int, seed: int = 0, rounds: int = 20) -> Tensor:
     """Cluster of each row, int64 [V]; Lloyd's rounds from drawn rows, an empty cluster takes the farthest row."""
     if not 1 <= clusters <= len(rows):
@@ -141,7 +148,7 @@ def _network(rows: Tensor, rank: int, hidden: int, seed: int, steps: int) -> tup
     draw = torch.Generator().manual_seed(seed)
     first = torch.randn(rank, hidden, generator=draw) * rank**-0.5
     inner = torch.tanh(codes / scale @ first)
-    top = torch.linalg.lstsq(inner, rows).solution
+    top = _solved(inner, rows)
     parts = {"codes": codes / scale, "first": first, "bias": torch.zeros(hidden), "top": top}
     for value in parts.values():
         value.requires_grad_(True)

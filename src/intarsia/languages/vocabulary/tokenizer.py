@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -155,10 +155,9 @@ def special_tokens(base: Any) -> tuple[str, ...]:
 
 
 def _normaliser(form: str) -> Any:
-    spaces = normalizers.Replace("  ", " ")
-    if form == "none":
-        return spaces
-    return normalizers.Sequence([getattr(normalizers, form)(), spaces])
+    """Unicode form, then single blanks and none at the ends, so that no piece stands for white space alone."""
+    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    return normalizers.Sequence([*([] if form == "none" else [getattr(normalizers, form)()]), *spaces])
 
 
 def make(pieces: Pieces, base: Any) -> PreTrainedTokenizerFast:
