@@ -91,11 +91,20 @@ class _FoldAt:
         return change
 
 
+TIED = "its weight is tied to the word embeddings and would change both"
+
+
+def tied_paths(sites: SiteMap) -> frozenset[str]:
+    """Modules whose weight is another module's too."""
+    return frozenset(path for site in sites.parameters() if len(site.owners) > 1 for path, _ in site.owners)
+
+
 def why_not_foldable(
-    e: Expr, slots: Sequence[tuple[Site, Slot]], module_at: Callable[[str], nn.Module]
+    e: Expr, slots: Sequence[tuple[Site, Slot]], sites: SiteMap, module_at: Callable[[str], nn.Module]
 ) -> str | None:
     """The first reason why an expression has no folded form, None if it has one."""
     names = {r.name for r in e.refs()}
+    tied = tied_paths(sites)
     for site, slot in slots:
         mine = sorted(names & slot.names)
         if not mine:
@@ -111,6 +120,8 @@ def why_not_foldable(
                 return f"{site.name}: {change.reason}"
             if site.port != "weight" and change.bias is not None and module._parameters.get("bias") is None:
                 return f"{site.name}: the layer has no bias, and a checkpoint of this architecture could not hold one"
+            if site.port != "weight" and site.path in tied:
+                return f"{site.name}: {TIED}"
     return None
 
 
@@ -139,8 +150,7 @@ def fold(
         module_at: module of a path in the base itself, which stays as it is.
     """
     names = {r.name for r in e.refs()}
-    tied = {site.owners for site in sites.parameters() if len(site.owners) > 1}
-    shared = {path for owners in tied for path, _ in owners}
+    tied = tied_paths(sites)
     todo = [(s, slot) for s, slot in slots if not names.isdisjoint(slot.names)]
     for site, slot in sorted(todo, key=lambda pair: _ORDER[pair[0].port]):
         module = bare.get_submodule(site.path)
@@ -148,8 +158,8 @@ def fold(
         if site.port == "weight":
             _fold_parameter(module, site, slot, e, origin)
         else:
-            if site.path in shared:
-                raise CompositionError(f"cannot fold at {site.name}: its weight is tied to the word embeddings and would change both")
+            if site.path in tied:
+                raise CompositionError(f"cannot fold at {site.name}: {TIED}")
             _fold_linear(module, site, slot, e, origin)
     bare.tie_weights()
     return bare

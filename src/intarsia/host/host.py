@@ -425,7 +425,7 @@ class Host:
     def why_not_foldable(self, expression: Expression) -> str | None:
         """The first reason why an expression cannot be folded into the base's weights, None if it can."""
         one = self.call(expression).exprs[0]
-        return why_not_foldable(one, self._attachment.slots(), self.model.get_submodule)
+        return why_not_foldable(one, self._attachment.slots(), self.sites, self.model.get_submodule)
 
     def fold(self, expression: Expression, *, drop_head: bool = False) -> PreTrainedModel:
         """A copy of the base with the change inside: a plain transformers model without hooks.
@@ -444,7 +444,7 @@ class Host:
                 "keep the head as a module"
             )
         slots = [(s, slot) for s, slot in self._attachment.slots() if s.port != "logits"]
-        reason = why_not_foldable(one, slots, self.model.get_submodule)
+        reason = why_not_foldable(one, slots, self.sites, self.model.get_submodule)
         if reason:
             raise CompositionError(f"{one} cannot be folded: {reason}")
         bare = copy.deepcopy(self.model)
