@@ -79,3 +79,65 @@ def test_weights_and_folders_are_checked(tmp_path: Path) -> None:
     export_lora([a, b], [0.5, 0.5], tmp_path / "out", sites=host.sites)
     with pytest.raises(StoreError, match="already holds"):
         export_lora([a, b], [0.5, 0.5], tmp_path / "out", sites=host.sites)
+
+
+def served(folder: Path, family: str, limit: int) -> torch.Tensor:
+    """Logits of a server that reads what vLLM reads of a folder: three fields and two names of tensors, everything else refused."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] <= limit and not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none" and isinstance(config["target_modules"], list)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    model = tiny(family)
+    done = set()
+    for key, down in tensors.items():
+        path, _, which = key.removeprefix("base_model.model.").rpartition(".lora_")
+        assert key.startswith("base_model.model.") and which in ("A.weight", "B.weight"), key
+        assert any(path.endswith(f".{name}") for name in config["target_modules"])
+        if which == "A.weight":
+            up = tensors[key.replace("lora_A", "lora_B")]
+            assert down.shape[0] == up.shape[1] == config["r"]
+            layer = model.get_submodule(path)
+            change = config["lora_alpha"] / config["r"] * up @ down
+            layer.weight.data += change.T if type(layer).__name__ == "Conv1D" else change
+            done.add(path)
+    assert 2 * len(done) == len(tensors)
+    return logits(model, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_server_of_loras_does_what_the_expression_does(family: str, tmp_path: Path) -> None:
+    host, a, b = two(family)
+    export_lora([a, b], [0.6, -0.4], tmp_path / "out", sites=host.sites, max_rank=16)
+    with host.using("0.6*a - 0.4*b"):
+        torch.testing.assert_close(served(tmp_path / "out", family, 16), logits(host.model, family), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_rank_above_the_limit_is_refused_or_cut(family: str, tmp_path: Path) -> None:
+    host, a, b = two(family)
+    with pytest.raises(ModuleError, match=r"limit; cut it down"):
+        export_lora([a, b], [0.6, 0.4], tmp_path / "out", sites=host.sites, max_rank=4)
+    assert not (tmp_path / "out").exists()
+    report = export_lora([a, b], [0.6, 0.4], tmp_path / "out", sites=host.sites, max_rank=4, cut=True)
+    assert any("% of the change is lost" in note for note in report.notes)
+    with host.using("0.6*a + 0.4*b"):
+        want = logits(host.model, family)
+    with host.using(None):
+        plain = logits(host.model, family)
+    near = served(tmp_path / "out", family, 4)
+    assert float((near - want).norm()) < float((plain - want).norm())
+    with pytest.raises(UsageError, match="at least 1"):
+        export_lora([a, b], [0.6, 0.4], tmp_path / "no", sites=host.sites, max_rank=0)
+
+
+def test_rows_and_shifts_are_refused(tmp_path: Path) -> None:
+    """What servers do not read: embeddings, biases."""
+    host = Host(tiny("llama"))
+    for name, method in (("a", build("lora", rank=2)), ("b", build("lora", rank=2))):
+        host.add(name, method)
+        disturb(host, name, 1, 0.3)
+    a = host.extract("a")
+    export_lora([a, host.extract("b")], [1.0, 1.0], tmp_path / "out", sites=host.sites)
+    other = Host(tiny("bert")).add("c", build("bitfit", at="attn.q.bias"))
+    disturb(other, "c", 1, 0.3)
+    with pytest.raises(ModuleError):
+        export_lora([other.extract("c")], [1.0], tmp_path / "no", sites=other.sites)

@@ -62,6 +62,7 @@ class _Writing:
     weights: Mapping[str, Tensor] | None
     uniform: bool = False
     prefer: str = ""
+    max_rank: int | None = None
     layers: dict[str, list[tuple[Site, Written]]] = field(default_factory=dict)
     values: dict[tuple[str, str], tuple[Site, Tensor]] = field(default_factory=dict)
     biases: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
@@ -85,6 +86,7 @@ def write_peft(
     task_type: str | None = None,
     base_name: str | None = None,
     uniform: bool = False,
+    max_rank: int | None = None,
 ) -> Report:
     """Write `adapter_config.json`, `adapter_model.safetensors` and the card as `README.md` into a new folder.
 
@@ -96,6 +98,7 @@ def write_peft(
         base_name: name of the base in the configuration; None for the card's.
         uniform: one rank and a scale of 1 for all layers, by zeros beside the factors and scales multiplied into them: servers
             read no patterns. Only for LoRA.
+        max_rank: of such a folder; a higher one is refused.
 
     Raises:
         ModuleError: a patch has no form in peft, or parts of it would be different methods there; nothing is written.
@@ -103,7 +106,7 @@ def write_peft(
     """
     before = {} if uniform else origin(module)
     task_type, base_name = task_type or before.get("task_type"), base_name or before.get("base_model_name_or_path") or module.card.base or None
-    writing = _Writing(Paths(sites), weights, uniform)
+    writing = _Writing(Paths(sites), weights, uniform, max_rank=max_rank)
     prompts: dict[Patch, dict[str, dict[str, Tensor]]] = {}
     places = _by_place(module, writing)
     parts = any(name in sites and sites[name].view is not None for name, _ in places)
@@ -363,7 +366,7 @@ def _layers(module: Module, writing: _Writing) -> tuple[str, Fields, dict[str, T
         _fold_scales(module, writing)
     layers = {path: _joined(writing, path, members) for path, members in writing.layers.items()}
     if writing.uniform:
-        layers = _evened(layers)
+        layers = _evened(layers, writing.max_rank)
     layers, shared = finished(kind, layers, {path: _shape(writing, members[0][0]) for path, members in writing.layers.items()})
     tensors = {f"base_model.{name}": tensor for name, tensor in shared.items()}
     tensors |= {f"{PREFIX}{path}.{name}": tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
@@ -439,9 +442,11 @@ def _fold_scales(module: Module, writing: _Writing) -> None:
             members[index] = site, Written(layer.kind, fields, {**layer.tensors, "lora_B.weight": up})
 
 
-def _evened(layers: Mapping[str, Written]) -> dict[str, Written]:
+def _evened(layers: Mapping[str, Written], limit: int | None) -> dict[str, Written]:
     """The same products with one rank: zeros beside the factors."""
     rank = max(layer.tensors["lora_A.weight"].shape[0] for layer in layers.values())
+    if limit is not None and rank > limit:
+        raise ModuleError(f"the folder would have rank {rank}, and {limit} is the limit; cut it down (cut=True), or raise the server's limit")
     found: dict[str, Written] = {}
     for path, layer in layers.items():
         down, up = layer.tensors["lora_A.weight"], layer.tensors["lora_B.weight"]
