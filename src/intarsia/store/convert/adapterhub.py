@@ -46,8 +46,8 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch
 SLOTS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
     (r"encoder\.layer\.(\d+)\.attention\.output", "{}.attn"),
     (r"encoder\.layer\.(\d+)\.output", "{}.ffn"),
-    (r"(?:h|layers)\.(\d+)\.attention_adapters", "{}.attn"),
-    (r"(?:h|layers)\.(\d+)\.output_adapters", "{}.ffn"),
+    (r"(?:h|layers|transformer\.layer)\.(\d+)\.attention_adapters", "{}.attn"),
+    (r"(?:h|layers|transformer\.layer)\.(\d+)\.output_adapters", "{}.ffn"),
     (r"encoder\.block\.(\d+)\.layer\.0", "encoder.{}.attn"),
     (r"encoder\.block\.(\d+)\.layer\.1", "encoder.{}.ffn"),
     (r"decoder\.block\.(\d+)\.layer\.0", "decoder.{}.attn"),

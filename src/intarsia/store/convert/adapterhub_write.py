@@ -155,6 +155,8 @@ def _writer(patch: Patch) -> Writer:
         return prompts
     if isinstance(form, SubspaceEdit):
         return refts
-    if isinstance(form, Const) and form.factor is None and isinstance(patch.op, Mul) and patch.port == "out":
+    if isinstance(form, Const) and form.factor is None and isinstance(patch.op, Mul):
+        if patch.port != "out":
+            raise ModuleError(f"patch {patch.name!r} rescales what a layer reads ({patch.at}), where adapters' (IA)^3 rescales outputs")
         return scales
     return loras if isinstance(form, Affine | Renorm) else bottlenecks

@@ -22,6 +22,7 @@ _SLOT_OF: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(pattern), sl
     (r"((?:en|de)coder\.block\.\d+\.layer\.\d)\.\w+", "{}"),
     (r"(.*(?:h|layers)\.\d+)\.(?:attn|self_attn)", "{}.attention_adapters"), (r"(.*layers\.\d+)\.encoder_attn", "{}.cross_attention_adapters"),
     (r"(.*(?:h|layers)\.\d+)\.(?:mlp|fc2)", "{}.output_adapters"),
+    (r"(.*transformer\.layer\.\d+)\.attention(?:\.out_lin)?", "{}.attention_adapters"), (r"(.*transformer\.layer\.\d+)\.ffn(?:\.lin2)?", "{}.output_adapters"),
 ))  # fmt: skip
 _THEIRS = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "silu"}
 _BOTTLENECK: Mapping[str, Any] = {
