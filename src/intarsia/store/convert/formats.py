@@ -10,7 +10,7 @@ from typing import Literal
 Check = Literal["peft", "outputs", "tensors"]
 CHECKS: Mapping[Check, str] = {
     "peft": "logits of peft 0.21 itself within 1e-5 (of logits up to 1), its file back to the byte where it is the same method, and logits of peft with our file",
-    "outputs": "outputs of the peer itself, kept beside the samples, within 2e-5",
+    "outputs": "outputs of the peer itself, kept beside the samples, within 1e-5; what is read is written to the same tensors and fields, and read again bit by bit",
     "tensors": "every number at its place",
 }
 
@@ -70,12 +70,20 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
         Format("ADAPTION_PROMPT", "gated prefix", "", "peft", "needs weights="),
     ),
     "AdapterHub": (
-        Format("bottleneck", "adapters, Compacter, PHM", "adapters", "outputs", "no invertible adapters; Compacter is not written"),
-        Format("lora", "LoRA, (IA)^3", "LoRA, multipliers at outputs", "outputs", "DoRA and VeRA have other formulas there: refused; written at q, k, v and, without a gate, the feed-forward layers"),
-        Format("prefix_tuning", "prefix, plain or with its network", "plain prefix, one stack", "outputs", "no gate; relative positions (T5): refused"),
-        Format("reft", "LoReFT, NoReFT", "", "outputs", "DiReFT is stored as NoReFT, reported; T5's decoder: prompt only, reported"),
-        Format("prompt_tuning", "", "", "tensors", "refused: the prompt stands behind the embedding norm, without positions"),
-        Format("heads", "tagging heads of one layer", "", "outputs", "others are left out and reported"),
+        Format("bottleneck", "adapters with gates, norms and scales, Compacter, PHM, invertible adapters (NICE)", "the same", "outputs",
+               "not GLOW (adapters' own cannot run), no scaling per channel; an invertible adapter of two stacks changes the encoder's embeddings only"),
+        Format("lora", "LoRA with or without a gate, (IA)^3 at outputs, adapters' own DoRA, VeRA as the low-rank product it is", "the same; VeRA as LoRA", "outputs",
+               "q, k, v and both feed-forward layers (up, down); DoRA of the paper is another formula and is refused; no gated (IA)^3 or DoRA"),
+        Format("prefix_tuning", "prefix, plain or with its network, with or without a gate", "the same", "outputs",
+               "all layers of a stack; T5: a text's relative positions move as in adapters (shifts=True); no two gates"),
+        Format("prompt_tuning", "prompt behind the norm of the embeddings", "the same", "outputs", "encoders that normalise their embeddings; outputs are those of the text's tokens"),
+        Format("reft", "LoReFT, NoReFT, DiReFT (subtract=False)", "the same; DiReFT as the NoReFT it equals", "outputs",
+               "a file does not say that it is a DiReFT; a decoder's text is edited as far as the call's prompt= reaches"),
+        Format("union", "several of these in one (MAM, UniPELT, MAD-X)", "the same", "outputs", "one of a kind"),
+        Format("fusion", "a router over the adapters' changes; setups as expressions", "the same, with its members", "outputs",
+               "Stack, Fuse, Average, BatchSplit; not Parallel and Split, fusions of parallel adapters, stacks of LoRA or of several invertible adapters, which mean something else there"),
+        Format("heads", "classification, multi-label, regression, tagging, masked, causal and sequence-to-sequence language models, and those of a model class", "the same", "outputs",
+               "left out by name: question answering, multiple choice, images, dependency parsing, heads that pool a pooler or an encoder-decoder; ours that pool by the mean"),
     ),
     "composable-sft": (
         Format("sparse difference", "changes of entries, heads", "changes of whole parameters, heads", "outputs", "a pickle, by permission; heads need weights="),
