@@ -85,12 +85,6 @@ def phm_adapter(
     return adapters("phm_adapter", form, Policy(learning_rate=3e-3), norms, insertion, at, scale, layers)
 
 
-def _compacter(name: str, width: int | None, reduction: float, n: int, rank: int, norms: bool, insertion: Insertion) -> Method:
-    form = Bottleneck(width, reduction, "gelu_new", factor=Kron(n, rank, share=True), init="phm")
-    patches = insertion.patches(form)
-    return Method(name, (*patches, norm_patch()) if norms else patches, Policy(learning_rate=3e-3))
-
-
 @row("compacter", equation="U = sum_i A_i (x) (s_i t_i^T), A shared by all", source="Mahabadi et al. 2021, arXiv 2106.04647")
 def compacter(
     width: int | None = 24,
@@ -104,7 +98,8 @@ def compacter(
     layers: str | None = None,
 ) -> Method:
     """Houlsby adapters of Kronecker products with rank-1 factors; one A for all layers, sites and projections."""
-    return _compacter("compacter", width, reduction, n, rank, norms, Insertion(insertion, at, scale, layers=layers))
+    form = Bottleneck(width, reduction, "gelu_new", factor=Kron(n, rank, share=True), init="phm")
+    return adapters("compacter", form, Policy(learning_rate=3e-3), norms, insertion, at, scale, layers)
 
 
 @row("compacter_pp", equation="Compacter after the FFN only", source="Mahabadi et al. 2021, arXiv 2106.04647")
@@ -120,7 +115,7 @@ def compacter_pp(
     layers: str | None = None,
 ) -> Method:
     """Compacter with one adapter per layer."""
-    return _compacter("compacter_pp", width, reduction, n, rank, norms, Insertion(insertion, at, scale, layers=layers))
+    return replace(compacter(width, reduction, n, rank, norms, insertion, at, scale, layers), name="compacter_pp")
 
 
 @row("adapter_lowrank", equation="D = a b^T, U = c e^T", source="baseline of Mahabadi et al. 2021, arXiv 2106.04647")
