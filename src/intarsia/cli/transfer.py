@@ -11,6 +11,7 @@ from intarsia.cli.console import Console
 from intarsia.cli.evaluate import data_files, interval
 from intarsia.cli.options import AllowNetwork, Columns, Format, TaskSettings, parse_values, read_table, reading
 from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, module_files
+from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError
 
@@ -48,13 +49,12 @@ def evaluate(
     from intarsia import bases
     from intarsia.host import Host
     from intarsia.languages.transfer import compare, owner_of, reminders
-    from intarsia.modules import load
     from intarsia.tasks import CONTEXT, TASKS
 
     files = module_files(module)
     if out is not None and out.exists():
         raise UsageError(f"--out {out} exists; give a new file name")
-    modules = {name: load(path, name=name) for name, path in files.items()}
+    modules = read_modules(files)
     name = base or base_of(files)
     expressions = expr or ([next(iter(modules))] if len(modules) == 1 else [])
     if not expressions:
