@@ -32,7 +32,15 @@ from intarsia.patches import Add, Bottleneck, Dense, FactorSpec, FormSpec, Gated
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.adapterhub_heads import HEAD_CONFIG, read_head
-from intarsia.store.convert.adapterhub_kinds import Reading, activation, hypercomplex, invertible, prefixes, prompts, refts
+from intarsia.store.convert.adapterhub_kinds import (
+    Reading,
+    activation,
+    hypercomplex,
+    invertible,
+    prefixes,
+    prompts,
+    refts,
+)
 from intarsia.store.convert.adapterhub_legacy import modern, renamed
 from intarsia.store.convert.adapterhub_lora import loras
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound

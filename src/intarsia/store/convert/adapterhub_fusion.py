@@ -35,7 +35,15 @@ from intarsia.store.convert.adapterhub_parts import Writing
 from intarsia.store.convert.adapterhub_write import VERSION, write_adapterhub
 from intarsia.store.convert.adapterhub_write_bottleneck import slot_of
 from intarsia.store.convert.detect import FUSION, SETUP
-from intarsia.store.convert.folder import as_float, json_bytes, read_config, read_tensors, sound, tensor_bytes, write_folder
+from intarsia.store.convert.folder import (
+    as_float,
+    json_bytes,
+    read_config,
+    read_tensors,
+    sound,
+    tensor_bytes,
+    write_folder,
+)
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
 from intarsia.store.convert.report import Report

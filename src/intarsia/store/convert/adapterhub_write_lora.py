@@ -66,7 +66,7 @@ def scales(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str, T
 
 def _at_layers(writing: Writing, leaves: Sequence[tuple[Site, dict[str, Tensor]]]) -> tuple[Fields, dict[str, Tensor]]:
     """Fields that say at which layers, and the tensors there."""
-    sites, name = writing.sites, writing.name
+    name = writing.name
     tensors: dict[str, Tensor] = {}
     words: dict[tuple[str, int], set[str]] = {}
     cross: dict[tuple[str, int], set[str]] = {}
