@@ -145,7 +145,7 @@ def test_what_means_nothing_is_refused(base: Base, host: Host, corpus: Corpus) -
             extended(base, host, corpus, **settings_)
     with pytest.raises(SpecError, match="copies no more"):
         Vocabulary(3, 4)
-    host.add("a", method_of(Vocabulary(20, 5, 0), tied_head=True))
+    host.add("a", method_of(Vocabulary(20, 5, 0), output_bias=True))
     host.add("b", METHODS["bitfit"].build())
     try:
         ids = torch.tensor([[1, 2, 3]])

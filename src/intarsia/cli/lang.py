@@ -252,15 +252,14 @@ def head(
     allow_network: AllowNetwork = False,
 ) -> None:
     """Warm an LM head up for a base that has none, on texts in languages that the base knows; the base stays frozen."""
-    from intarsia.bases import load
     from intarsia.host import Host
-    from intarsia.languages.train import warm_head
+    from intarsia.languages.train import base_head, warm_head
     from intarsia.modules import save
     from intarsia.train import reporter
 
     if out.exists():
         raise UsageError(f"--out {out} exists; give a new file name")
-    loaded = load(base, head="none", allow_network=allow_network)
+    loaded = base_head(base, "mlm", allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     result = warm_head(
         host, loaded, [text for path in texts for text in lines_of(path)], [text for path in dev or () for text in lines_of(path)],

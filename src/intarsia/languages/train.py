@@ -27,12 +27,13 @@ from intarsia.languages.bits import Bits, bits, spread
 from intarsia.languages.cards import card_of
 from intarsia.languages.corpus.build import Corpus
 from intarsia.languages.objectives import Objective, learning
-from intarsia.languages.vocabulary.build import has_tied_head
+from intarsia.languages.vocabulary.build import OUTPUT_BIAS, bias_start, has_tied_head, output_bias
+from intarsia.languages.vocabulary.build import method_of as vocabulary_method
 from intarsia.languages.vocabulary.tokenizer import tokenizer_of, vocabulary_of
 from intarsia.methods import METHODS, Method
 from intarsia.modules import Module
 from intarsia.patches import LanguageModelHead
-from intarsia.patches.vocabulary import Vocabulary
+from intarsia.patches.vocabulary import Vocabulary, VocabularyBias
 from intarsia.train import Recipe, Result, train
 
 NAMES = {"mad-x": "madx", "lt-sft": "lt_sft", "lora": "lora", "bitfit": "bitfit", "full": "full"}
@@ -46,8 +47,8 @@ class Trained:
     """What a training of a language gave.
 
     Attributes:
-        module: without a head, to be kept.
-        whole: with its head, None where it never had one.
+        module: without a head, to be kept and composed.
+        whole: with its head, or the bias of its vocabulary's pieces in the base's head; None where there is neither.
         result: of the trainer.
         before, after: bits per character of the held-out text; None where nothing could be measured.
     """
@@ -71,13 +72,17 @@ def method_of(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     return METHODS[own].build(**(settings or {}))
 
 
-def with_vocabulary(method: Method, vocabulary: Module) -> Method:
-    """A method and a vocabulary as one method, its policy that of the method; refused where both change the embeddings."""
-    words = vocabulary.method.patches
-    taken = [p.name for p in method.patches if p.name in {w.name for w in words}]
-    if taken or any(p.port == "weight" and p.at in ("**", "embed.weight") for p in method.patches):
+def with_vocabulary(method: Method, vocabulary: Module, *, output_bias: bool) -> Method:
+    """A method and a vocabulary as one method, its policy that of the method; refused where both change the embeddings.
+
+    Args:
+        output_bias: the base's own LM head is tied to the embeddings and has a bias, which goes along.
+    """
+    if any(p.port == "weight" and p.at in ("**", "embed.weight") for p in method.patches):
         raise UsageError(f"method {method.name!r} changes the word embeddings itself, so it has no place beside a vocabulary; take lora, mad-x or bitfit")
-    return replace(method, patches=(*words, *method.patches))
+    spec = vocabulary_of(vocabulary)
+    assert spec is not None
+    return replace(method, patches=(*vocabulary_method(spec, output_bias=output_bias).patches, *method.patches))
 
 
 def train_language(
@@ -116,7 +121,7 @@ def train_language(
     _check(host, objective, vocabulary, head, method)
     tokenizer = host.tokenizer if vocabulary is None else tokenizer_of(vocabulary, host.tokenizer)
     if vocabulary is not None:
-        method = with_vocabulary(method, vocabulary)
+        method = with_vocabulary(method, vocabulary, output_bias=objective != "align" and output_bias(host.model) is not None)
     own_head = objective != "align" and _brings_head(host, vocabulary, head)
     found = learning(corpora, objective, tokenizer, base, lm_head="new" if own_head else "base", settings=settings, max_length=max_length)
     roles = {"language": "+".join(corpus.language for corpus in corpora)}
@@ -137,7 +142,7 @@ def train_language(
     )  # fmt: skip
     after = _bits(host, tokenizer, lines, expression, name, own_head)
     bare = without_head(result.module)
-    return Trained(bare, result.module if own_head else None, result, before, after)
+    return Trained(bare, None if bare is result.module else result.module, result, before, after)
 
 
 def _check(host: Host, objective: Objective, vocabulary: Module | None, head: Module | None, method: Method) -> None:
@@ -167,7 +172,10 @@ def _start(host: Host, name: str, vocabulary: Module | None, head: Module | None
     with torch.no_grad():
         if vocabulary is not None:
             for key, tensor in vocabulary.tensors.items():
-                live[key].copy_(tensor)
+                if key in live or key != OUTPUT_BIAS:
+                    live[key].copy_(tensor)
+            if OUTPUT_BIAS in live and OUTPUT_BIAS not in vocabulary.tensors:
+                live[OUTPUT_BIAS].copy_(bias_start(host.model, len(live[OUTPUT_BIAS])))
         if head is not None:
             for key, tensor in head.tensors.items():
                 _copy_head(live[key], tensor, key, vocabulary)
@@ -187,13 +195,15 @@ def _copy_head(live: Tensor, stored: Tensor, key: str, vocabulary: Module | None
 
 
 def without_head(module: Module) -> Module:
-    """A module without its head; itself if it has none."""
-    if module.method.head is None:
+    """A module without its LM head and without what it changes of the base's (the bias of a vocabulary's pieces); itself if it has neither."""
+    gone = [p.name for p in module.method.patches if p.port == "logits" or isinstance(p.form, VocabularyBias)]
+    if not gone:
         return module
-    tensors = {key: tensor for key, tensor in module.tensors.items() if not key.startswith("logits/")}
+    method = replace(module.method, patches=tuple(p for p in module.method.patches if p.name not in gone))
+    tensors = {key: tensor for key, tensor in module.tensors.items() if key.split("/", 1)[1].split(".", 1)[0] not in gone or key.startswith("tied/")}
     return Module(
-        name=module.name, method=module.method.without_head(), tensors=tensors, base=module.base, labels=None, roles=dict(module.roles), requires=module.requires,
-        context={}, card=module.card,
+        name=module.name, method=method, tensors=tensors, base=module.base, labels=None, roles=dict(module.roles), requires=module.requires, context={},
+        card=module.card,
     )  # fmt: skip
 
 

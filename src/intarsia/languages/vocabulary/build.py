@@ -24,6 +24,7 @@ from intarsia.patches import Dense
 from intarsia.patches.vocabulary import Coded, Exchange, Vocabulary, VocabularyBias
 
 Mode = Literal["replace", "append"]
+OUTPUT_BIAS = "head.bias/words_bias.value"
 INITS = ("lex", *STARTS[1:], *FACTORISATIONS)
 """`lex`: overlapping rows copied, the others random; the others copy too, and start what is left as their names say."""
 
@@ -83,14 +84,14 @@ def embeddings_of(model: Any) -> Tensor:
     return weight
 
 
-def method_of(spec: Vocabulary, *, tied_head: bool) -> Method:
+def method_of(spec: Vocabulary, *, output_bias: bool) -> Method:
     """The method of a vocabulary.
 
     Args:
-        tied_head: the base has a language-model head that is tied to the embeddings, whose bias goes along.
+        output_bias: the base has a language-model head that is tied to the embeddings, whose bias goes along.
     """
     patches = [Patch("words", "embed.weight", spec, Exchange(), port="weight", tag="vocabulary")]
-    if tied_head:
+    if output_bias:
         patches.append(Patch("words_bias", "head.bias", VocabularyBias(), Exchange(), port="weight", tag="vocabulary", optional=True))
     return Method("vocabulary", tuple(patches), Policy(learning_rate=1e-3), source="Pfeiffer et al. 2021, arXiv 2012.15562", settings={"size": spec.size, "mode": spec.mode})
 
@@ -171,12 +172,12 @@ def extend(
         tensors |= {f"tied/vocabulary.factor.{leaf}": tensor for leaf, tensor in coded.items()}
     else:
         tensors["tied/vocabulary.factor.value"] = own.clone()
-    tied = has_tied_head(base.model)
-    if tied and _bias(base.model) is not None:
-        tensors["head.bias/words_bias.value"] = _bias_start(base.model, len(pieces) - len(copied))
+    biased = output_bias(base.model) is not None
+    if biased:
+        tensors[OUTPUT_BIAS] = bias_start(base.model, len(pieces) - len(copied))
     card = card or Card(title=f"Vocabulary for {language}", languages=(language,), base=base.name, method="vocabulary")
     module = Module(
-        name=name, method=method_of(spec, tied_head=tied and _bias(base.model) is not None), tensors=tensors, base=fingerprint, roles={"language": language},
+        name=name, method=method_of(spec, output_bias=biased), tensors=tensors, base=fingerprint, roles={"language": language},
         card=card,
     )  # fmt: skip
     tokenizer = make(pieces, base.tokenizer) if mode == "replace" else appended(pieces, base.tokenizer)
@@ -222,14 +223,15 @@ def has_tied_head(model: Any) -> bool:
     return head is not None and getattr(head, "weight", None) is embeddings_of(model)
 
 
-def _bias(model: Any) -> Tensor | None:
-    found = getattr(model.get_output_embeddings(), "bias", None)
+def output_bias(model: Any) -> Tensor | None:
+    """The bias of the model's own language-model head, where that is tied to the embeddings and has one."""
+    found = getattr(model.get_output_embeddings(), "bias", None) if has_tied_head(model) else None
     return found if isinstance(found, Tensor) else None
 
 
-def _bias_start(model: Any, count: int) -> Tensor:
-    """New pieces are as rare as the base's rarer half thinks pieces are: the median of its biases."""
-    bias = _bias(model)
+def bias_start(model: Any, count: int) -> Tensor:
+    """New pieces are as rare as the base thinks that its middling piece is: the median of its biases."""
+    bias = output_bias(model)
     assert bias is not None
     return torch.full((count,), float(bias.detach().float().median()))
 
@@ -238,5 +240,5 @@ def size_of(module: Module) -> tuple[int, int]:
     """Trained numbers of a vocabulary module, and bytes of all it stores."""
     spec: Any = next(patch.form for patch in module.method.patches if isinstance(patch.form, Vocabulary))
     leaf = "codes" if isinstance(spec.factor, Coded) else "value"
-    trained = module.tensors[f"tied/vocabulary.factor.{leaf}"].numel() + sum(t.numel() for k, t in module.tensors.items() if k.endswith("words_bias.value"))
+    trained = module.tensors[f"tied/vocabulary.factor.{leaf}"].numel() + sum(t.numel() for k, t in module.tensors.items() if k == OUTPUT_BIAS)
     return trained, sum(t.numel() * t.element_size() for t in module.tensors.values())
