@@ -15,7 +15,7 @@ from intarsia.data import Table
 from intarsia.errors import DataError, UsageError
 from intarsia.host import Host
 from intarsia.languages.align import Align, AlignOptions
-from intarsia.languages.corpus.build import Corpus, save
+from intarsia.languages.corpus.build import Corpus
 from intarsia.languages.objectives import balanced, joined, learning
 from intarsia.languages.recipes import RECIPES, Stage
 from intarsia.languages.runner import Given, check, run

@@ -210,7 +210,7 @@ def test_codes_obey_the_law_of_factors_and_train_alone(spec: Coded) -> None:
     tensors = host.tensors("v")
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key, tensor in tensors.items():
+        for tensor in tensors.values():
             if tensor.is_floating_point():
                 tensor.copy_(torch.randn(tensor.shape, generator=draw))
         if spec.clusters > 1:
