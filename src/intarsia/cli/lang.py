@@ -219,12 +219,12 @@ def train(
     held = [read_corpus(folder) for folder in corpus]
     own = languages.NAMES.get(method, method)
     chosen = languages.method_of(method, parse_settings(set_, METHODS[own]) if set_ else None)
-    loaded = languages.base_head(base, objective, allow_network=allow_network)  # type: ignore[arg-type]
+    loaded = languages.base_head(base, objective, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     title = name or "lang-" + "-".join(one.language for one in held)
     settings = parse_values(task_set, "--task-set", TASKS["align" if objective == "align" else "mlm"].defaults)
     made = languages.train_language(
-        host, loaded, held, name=title, method=chosen, objective=objective,  # type: ignore[arg-type]
+        host, loaded, held, name=title, method=chosen, objective=objective,
         recipe=recipe_of(epochs, max_steps, batch_size, lr, seed, recipe), vocabulary=None if vocab is None else load(vocab),
         head=None if lm_head is None else load(lm_head), settings=settings, max_length=max_length, seed=seed,
         run_dir=run_dir or Path("runs") / title, progress=reporter(quiet=console.quiet), resume=resume,
@@ -295,10 +295,11 @@ def _trained(console: Console, made: Trained, out: Path) -> None:
     result = made.result
     bits = {name: None if found is None else found.bits for name, found in (("before", made.before), ("after", made.after))}
     cost = made.module.card.cost
+    warnings = [*result.warnings, *made.module.card.warnings]
     told = {
         "file": str(out), "digest": made.module.digest, "steps": result.steps, "best_step": result.best_step, "seconds": round(result.seconds, 3),
         "dev": {name: dict(m) for name, m in result.metrics.items()}, "bits_per_character": bits, "trained": None if cost is None else cost.trainable,
-        "bytes": out.stat().st_size, "warnings": [*result.warnings, *made.module.card.warnings],
+        "bytes": out.stat().st_size, "warnings": warnings,
     }  # fmt: skip
 
     def human() -> None:
@@ -308,7 +309,7 @@ def _trained(console: Console, made: Trained, out: Path) -> None:
         if made.after is not None:
             before = "not measurable before" if made.before is None else f"{made.before.bits:.3f} before"
             console.line(f"bits per character: {before}, {made.after.bits:.3f} after ({made.after.note})")
-        for warning in told["warnings"]:
+        for warning in warnings:
             console.line(f"warning: {warning}")
 
     console.result(told, human)

@@ -68,7 +68,7 @@ def evaluate(
     tables = {key: read_table(file, format, settings) for key, file in data_files(list(data)).items()}
     found = compare(
         host, modules, expressions, tables, head=head, batch_size=batch_size,
-        settings=parse_values(task_set, "--task-set", TASKS[str(owner.context[CONTEXT]["name"])].defaults),  # type: ignore[index]
+        settings=parse_values(task_set, "--task-set", TASKS[str(owner.context[CONTEXT]["name"])].defaults),
         progress=lambda text, table: console.note(f"{text} on {table} ..."),
     )  # fmt: skip
     rows = [

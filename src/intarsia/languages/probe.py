@@ -222,7 +222,7 @@ def neighbourhood(
         path = _try(lambda: tuple(f"{tree.names[code]} ({code})" for code in tree.path(iso)), warnings) or path
         # where only the family is known, its members are all alike: those with modules are worth a line
         for pool in (tuple(tree.codes) if deep else (), tuple(coverage)):
-            for language, shared in _try(lambda pool=pool: tree.relatives(iso, pool, k), warnings) or ():  # type: ignore[misc]
+            for language, shared in _try(lambda pool=pool: tree.relatives(iso, pool, k), warnings) or ():
                 put(language, "family", shared, 0)
     if typology is not None:
         _by_features(iso, typology, not deep, coverage, k, put, observed, warnings)
@@ -244,7 +244,7 @@ def _by_features(
             for language, shared in typology.relatives(iso, pool, k):
                 put(language, "family", shared, 0)
     for block in BLOCKS:
-        vector = _try(lambda block=block: typology.vector(iso, (block,)), [])  # type: ignore[misc]
+        vector = _try(lambda block=block: typology.vector(iso, (block,)), [])
         if vector is None:
             continue
         observed[block] = (vector.observed, len(vector.mask))

@@ -58,8 +58,9 @@ def _marks() -> Callable[[str], str]:
     return lambda text: "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.category(c).startswith("M"))
 
 
-for _name, _make in {"anyascii": _anyascii, "uroman": _uroman, "marks": _marks}.items():
-    ROMANISERS.add(_name, _make)
+ROMANISERS.add("anyascii", _anyascii)
+ROMANISERS.add("uroman", _uroman)
+ROMANISERS.add("marks", _marks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ class Cipher:
 
     def write(self, text: str) -> str:
         """Text in the other letters."""
-        return text.translate(str.maketrans(dict(self.table)))
+        return text.translate({ord(a): b for a, b in self.table.items()})
 
     def read(self, text: str) -> str:
         """The text as it was."""
-        return text.translate(str.maketrans({b: a for a, b in self.table.items()}))
+        return text.translate({ord(b): a for a, b in self.table.items()})

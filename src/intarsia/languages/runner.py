@@ -75,7 +75,7 @@ class Ran:
     seconds: Mapping[str, float]
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]
+class Turns(TrainerCallback):
     """Expressions that take turns, one per optimiser step: a function of the step alone, so that a resumed run repeats them."""
 
     def __init__(self, expressions: Sequence[str]) -> None:

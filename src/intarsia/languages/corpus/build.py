@@ -117,7 +117,8 @@ def build(plan: Plan) -> Corpus:
     train, dev = _table(parts.train, titles), _table(parts.dev, titles) if parts.dev else None
     both = None if plan.parallel is None else _parallel(plan, parts.train, parts.dev)
     manifest = _manifest(plan, found, steps, parts.books, train, dev, both)
-    return Corpus(plan.language, train, dev, both and both.train, both and both.dev, manifest, tuple(gone))
+    paired = (None, None) if both is None else (both.train, both.dev)
+    return Corpus(plan.language, train, dev, *paired, manifest, tuple(gone))
 
 
 def _without_task(plan: Plan, lines: list[Line], steps: list[Step], gone: list[tuple[str, Line, str]]) -> list[Line]:
@@ -188,7 +189,9 @@ def _facts(table: Table, column: str = "text") -> dict[str, Any]:
 def _manifest(
     plan: Plan, found: Sequence[Read], steps: Sequence[Step], books: Sequence[str], train: Table, dev: Table | None, both: _Both | None
 ) -> dict[str, Any]:
-    parts = {"train": train, "dev": dev, "parallel-train": both and both.train, "parallel-dev": both and both.dev}
+    parts: dict[str, Table | None] = {"train": train, "dev": dev}
+    if both is not None:
+        parts |= {"parallel-train": both.train, "parallel-dev": both.dev}
     splits = {name: _facts(table, "target" if name.startswith("parallel") else "text") for name, table in parts.items() if table is not None}
     digest = hashlib.sha256("".join(f"{name} {facts['sha256']}\n" for name, facts in splits.items()).encode()).hexdigest()
     sources = [

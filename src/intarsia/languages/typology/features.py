@@ -177,7 +177,7 @@ class Typology:
     def _distances(self, own: str, others: Sequence[str], blocks: Sequence[str], missing: Missing) -> list[Neighbour]:
         """`distance` to many languages at once."""
         columns = self.columns(blocks)
-        rows = [self.languages.index(own), *map(self._index().__getitem__, others)]
+        rows = np.array([self.languages.index(own), *map(self._index().__getitem__, others)], dtype=np.int64)
         raw = self.observed[np.ix_(rows, columns)]
         mask = ~np.isnan(raw)
         filled = {

@@ -46,7 +46,7 @@ class Glottolog:
         if missing:
             raise DataError(f"{place / 'languages.csv'}: no column {listing(map(repr, missing))}; expected Glottolog's CLDF table")
         ids, names, families, codes = (table.texts(name) for name in ("ID", "Name", "Family_ID", "ISO639P3code"))
-        ancestors = {code: (family,) if family and family != code else () for code, family in zip(ids, families)}
+        ancestors: dict[str, tuple[str, ...]] = {code: (family,) if family and family != code else () for code, family in zip(ids, families)}
         if (place / "values.csv").is_file():
             ancestors.update(_classified(place / "values.csv"))
         return cls(dict(zip(ids, names)), {iso: code for iso, code in zip(codes, ids) if iso}, ancestors)

@@ -167,7 +167,7 @@ def extend(
     tensors = {f"tied/vocabulary.{leaf}": tensor for leaf, tensor in _held(pieces, copied).items()}
     error = None
     if init in FACTORISATIONS:
-        shared = factorise(matrix, init, rank, clusters, hidden, seed)  # type: ignore[arg-type]
+        shared = factorise(matrix, init, rank, clusters, hidden, seed)
         spec, coded, error = replace(spec, factor=shared.spec), *_coded(shared, own)
         tensors |= {f"tied/vocabulary.factor.{leaf}": tensor for leaf, tensor in coded.items()}
     else:

@@ -73,7 +73,7 @@ def train(texts: Iterable[str], size: int, base: Any, *, normaliser: str = "NFKC
     lines = list(texts)
     learner = Tokenizer(models.BPE())
     learner.normalizer = _normaliser(normaliser)
-    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")  # type: ignore[assignment]
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")
     learner.train_from_iterator(lines, trainer=trainers.BpeTrainer(vocab_size=wanted + len(specials), show_progress=False))
     learnt = [text for text in learner.get_vocab() if "\n" not in text and text not in specials]
     found = _scored(lines, learnt, learner, normaliser)
@@ -165,14 +165,14 @@ def make(pieces: Pieces, base: Any) -> PreTrainedTokenizerFast:
     unk = pieces.texts.index(str(base.unk_token))
     inner = Tokenizer(models.Unigram([(t, s) for t, s in zip(pieces.texts, pieces.scores)], unk_id=unk))
     inner.normalizer = _normaliser(pieces.normaliser)
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")  # type: ignore[assignment]
-    inner.decoder = decoders.Metaspace(replacement=MARK, prepend_scheme="always")  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement=MARK, prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(replacement=MARK, prepend_scheme="always")
     inner.add_special_tokens(sorted(pieces.specials, key=pieces.texts.index))
     ids = {token: i for i, token in enumerate(pieces.texts) if token in pieces.specials}
     single, pair = _templates(base)
     used = [(token, ids[token]) for token in dict.fromkeys(part.split(":")[0] for part in [*single, *pair] if not part.startswith("$"))]
     if used:
-        inner.post_processor = processors.TemplateProcessing(single=" ".join(single), pair=" ".join(pair), special_tokens=used)  # type: ignore[assignment]
+        inner.post_processor = processors.TemplateProcessing(single=" ".join(single), pair=" ".join(pair), special_tokens=used)
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, model_max_length=base.model_max_length, model_input_names=base.model_input_names, padding_side=base.padding_side,
         truncation_side=base.truncation_side, **{role: str(getattr(base, role)) for role in ROLES if getattr(base, role, None) is not None},
