@@ -180,7 +180,7 @@ def given(folder: Path, small: Corpus, tmp_path_factory: pytest.TempPathFactory)
     labels = {"eng": tables[0], "kab": tables[1]}
     return Given(
         folder, both, labels, {"eng": tables[2]}, {"eng": tables[2], "kab": tables[1]}, "classify", {"max_length": 32}, SHORT, SHORT,
-        vocabulary_size=120, max_length=48,
+        vocabulary_size=120, vocabulary_rank=8, max_length=48,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Given:
         task: name of the task: classify, tag, parse ...
         task_settings: of the task.
         language_recipe, task_recipe: hyper-parameters.
-        vocabulary_size: pieces of a vocabulary of its own.
+        vocabulary_size: pieces of a vocabulary of its own; `vocabulary_rank`: of the codes of a factorised one.
         max_length: pieces per line of text.
         seed: of everything that is drawn.
     """
@@ -56,6 +56,7 @@ class Given:
     language_recipe: Recipe = field(default_factory=Recipe)
     task_recipe: Recipe = field(default_factory=Recipe)
     vocabulary_size: int = 5_000
+    vocabulary_rank: int = 100
     max_length: int = 128
     seed: int = 0
 
@@ -203,7 +204,7 @@ def _vocabulary(stage: Stage, given: Given, kept: Mapping[str, Module], folder: 
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     (language,) = stage.text
     texts = given.corpora[language].texts()
-    made = extend(texts, base, host.fingerprint, name=stage.module, language=language, size=given.vocabulary_size, seed=given.seed, **stage.settings)
+    made = extend(texts, base, host.fingerprint, name=stage.module, language=language, size=given.vocabulary_size, rank=given.vocabulary_rank, seed=given.seed, **stage.settings)
     return made.module, 0.0
 
 

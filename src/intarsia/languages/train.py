@@ -34,10 +34,14 @@ from intarsia.methods import METHODS, Method
 from intarsia.modules import Module
 from intarsia.patches import LanguageModelHead
 from intarsia.patches.vocabulary import Vocabulary, VocabularyBias
+from intarsia.sites.address import split_top
 from intarsia.train import Recipe, Result, train
 
 NAMES = {"mad-x": "madx", "lt-sft": "lt_sft", "lora": "lora", "bitfit": "bitfit", "full": "full"}
 """Names of the language path -> methods of `intarsia methods`; any other method goes by its own name."""
+BODY = "#.**, embed.**, final.**, pooler.**, other.**"
+BODY_BIASES = "#.**.bias, embed.**.bias, final.**.bias"
+"""Everything but an LM head: a language module is composed with modules of tasks, on a base without one."""
 HEAD = "lm_head"
 BITS_LINES = 32
 
@@ -61,7 +65,7 @@ class Trained:
 
 
 def method_of(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method behind a name of the language path, or of `intarsia methods`.
+    """The method behind a name of the language path, or of `intarsia methods`; `full` and `bitfit` leave the base's LM head alone.
 
     Raises:
         UsageError: there is none.
@@ -69,7 +73,12 @@ def method_of(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     own = NAMES.get(name, name)
     if own not in METHODS:
         raise UsageError(f"no method {name!r}{nearest(name, [*NAMES, *METHODS])}; for languages: {listing(NAMES)}")
-    return METHODS[own].build(**(settings or {}))
+    method = METHODS[own].build(**(settings or {}))
+    if own == "full":
+        return replace(method, patches=tuple(replace(p, at=BODY) for p in method.patches))
+    if own == "bitfit" and "at" not in (settings or {}):
+        return METHODS[own].build(**{**(settings or {}), "at": BODY_BIASES})
+    return method
 
 
 def with_vocabulary(method: Method, vocabulary: Module, *, output_bias: bool) -> Method:
@@ -78,7 +87,7 @@ def with_vocabulary(method: Method, vocabulary: Module, *, output_bias: bool) ->
     Args:
         output_bias: the base's own LM head is tied to the embeddings and has a bias, which goes along.
     """
-    if any(p.port == "weight" and p.at in ("**", "embed.weight") for p in method.patches):
+    if any(p.port == "weight" and {"**", "embed.**", "embed.weight"} & set(split_top(p.at)) for p in method.patches):
         raise UsageError(f"method {method.name!r} changes the word embeddings itself, so it has no place beside a vocabulary; take lora, mad-x or bitfit")
     spec = vocabulary_of(vocabulary)
     assert spec is not None
