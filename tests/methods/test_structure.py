@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -121,6 +122,17 @@ def registered_factors() -> list[type]:
         module = importlib.import_module(f"intarsia.patches.{path.stem}")
         found += [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Factor)]
     return found
+
+
+def test_the_page_of_laws_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "methods-laws.md").read_text("utf-8")
+    for line in text.splitlines():
+        folder = root / "tests"
+        for name in re.findall(r"`((?:tests/[\w/]+/)?test_\w+\.py)`", line):
+            folder = (root / name).parent if "/" in name else folder
+            assert (folder / Path(name).name).exists() or list((root / "tests").rglob(Path(name).name)), name
+    assert {f"T{n}" for n in range(1, 15)} | {f"A{n}" for n in range(1, 9)} <= set(re.findall(r"^\| ([TA]\d+) \|", text, re.MULTILINE))
 
 
 def test_every_row_is_data() -> None:
