@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from intarsia.compose.algebra import Terms
+from intarsia.compose.algebra import Algebra, Terms
 from intarsia.compose.expr import Expr, Mix
 from intarsia.errors import CompositionError
 
@@ -36,17 +36,15 @@ def together(site: str, parts: Sequence[Whole]) -> Whole:
     return Whole(found, mask)
 
 
-@dataclass(frozen=True, slots=True)
 class MaskedAt:
-    """One parameter, and who changes it there."""
+    """One parameter, and who changes it there: the arithmetic of these stand-ins is its own."""
 
-    site: str
-    values: Mapping[str, Whole]
+    algebra: Algebra
 
-    @property
-    def algebra(self) -> MaskedAt:
-        """The arithmetic of these values."""
-        return self
+    def __init__(self, site: str, values: Mapping[str, Whole]) -> None:
+        self.site = site
+        self.values = values
+        self.algebra = self
 
     def deltas(self, name: str) -> Sequence[Whole]:
         return (self.values[name],) if name in self.values else ()

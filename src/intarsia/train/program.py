@@ -132,7 +132,9 @@ def _twin(host: Host, name: str, *, whole: bool) -> Iterator[str]:
     keys = {key.split("/", 1)[1] for key in sparse_factors(host, name)}
     patches = [replace(p, form=Matrix(Dense())) if p.name in keys else p for p in method.patches if whole or p.name in keys]
     phases = [phase for phase in method.policy.program if isinstance(phase, Explore)]
-    policy = replace(method.policy, program=(), learning_rate=phases[0].learning_rate) if whole and phases else Policy()
+    rate = phases[0].learning_rate if phases else None
+    explored = replace(method.policy, program=(), learning_rate=method.policy.learning_rate if rate is None else rate)
+    policy = explored if whole and phases else Policy()
     twin = f"{name}-twin"
     host.add(twin, Method(f"{method.name}_explored", tuple(patches), policy, method.source))
     try:

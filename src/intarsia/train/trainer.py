@@ -328,7 +328,7 @@ class ModuleTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             shape = partial(staged, stages=self.rules.stages, warmup=self.recipe.warmup, total=num_training_steps, schedule=self.recipe.schedule)
-            shapes = [partial(shape, scaled=group.get("tag") != "head") for group in optimizer.param_groups]
+            shapes: list[Callable[[int], float]] = [partial(shape, scaled=group.get("tag") != "head") for group in optimizer.param_groups]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shapes)
             self._created_lr_scheduler = True
         return self.lr_scheduler
