@@ -27,7 +27,7 @@ MIX = "fuse(s0, s1, s2; router=z, space=phi)"
 class Told(Classify):
     """Hears from a column which task a row is of."""
 
-    class options:  # noqa: N801
+    class options:
         context = "task=corpus"
 
 

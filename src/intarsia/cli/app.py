@@ -22,6 +22,7 @@ from intarsia.cli import (
     methods,
     module,
     predict,
+    router,
     store,
     train,
     transfer,
@@ -57,5 +58,5 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, module, card, store, corpus, lang, vocab, transfer, merge, convert, bases, bench):
+for _room in (demo, data, inspect, methods, train, evaluate, predict, explain, router, module, card, store, corpus, lang, vocab, transfer, merge, convert, bases, bench):
     _room.register(app)

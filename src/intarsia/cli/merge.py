@@ -137,7 +137,7 @@ def linear(parsed: Expr, factor: float = 1.0) -> dict[str, float]:
 
     if isinstance(parsed, Ref):
         return {parsed.name: factor}
-    if not isinstance(parsed, Mix):
+    if not isinstance(parsed, Mix) or not parsed.plain:
         raise CompositionError(f"{parsed} is no weighted sum: only sums and averages of modules become one module; --out takes any expression that folds")
     found: dict[str, float] = {}
     for part, weight in zip(parsed.parts, parsed.weights):

@@ -112,7 +112,8 @@ def parse_settings(pairs: Sequence[str] | None, row: Row) -> dict[str, Any]:
         SpecError: the method has no such setting (raised by `row.build`, which this calls).
     """
     settings = {k: _setting(k, v, row) for k, v in parse_values(pairs, "--set", row.defaults).items()}
-    row.build(**settings)
+    members = {"parts": ("member",)} if "parts" in row.defaults and "parts" not in settings else {}  # a router's come from the expression
+    row.build(**members, **settings)
     return settings
 
 

@@ -103,8 +103,11 @@ def defaults(values: dict[str, Any], written: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | None, *, allow_network: bool, force_base: bool) -> Running:
+def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | None, *, allow_network: bool, force_base: bool, checked: bool = True) -> Running:
     """Load base and modules and find out which task they are for.
+
+    Args:
+        checked: refuse an expression that may not run.
 
     Raises:
         CompositionError: no expression is given and there are several modules, or the expression is not legal.
@@ -130,7 +133,8 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     for module in modules.values():
         host.insert(module, force_base=force_base)
-    host.call(parsed, head=config.head)  # refused before anything is read
+    if checked:
+        host.call(parsed, head=config.head)  # refused before anything is read
     forced = {name: difference for name, module in modules.items() if (difference := module.base.difference(host.fingerprint))}
     for name, difference in forced.items():
         Console().warn(f"module {name!r} belongs to another base ({difference}) and runs because of --force-base; what it answers says so")

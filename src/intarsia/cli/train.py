@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,6 +65,13 @@ MaxLength = Annotated[int | None, typer.Option("--max-length", help="Pieces per 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of initial values, order and dropout (0).")]
 Patience = Annotated[int | None, typer.Option("--patience", help="Stop after so many evaluations without a better dev metric.")]
 Expression = Annotated[str | None, typer.Option("--expr", help="What runs while training, e.g. 'swh >> ner'; else the new module alone.")]
+Along = Annotated[
+    list[str] | None, typer.Option("--along", metavar="NAME[=LR]", help="A module of the expression that is trained along; may be given several times.")
+]
+New = Annotated[
+    list[str] | None,
+    typer.Option("--new", metavar="NAME=METHOD[:KEY=VALUE...]", help="A new module that is trained along, e.g. s0=lora:rank=4; may be given several times."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Train although the data check objects.")]
 
 
@@ -95,6 +102,8 @@ def train(
     recipe: RecipeField = None,
     module: Modules = None,
     expr: Expression = None,
+    new: New = None,
+    along: Along = None,
     lang: Lang = None,
     role: Role = None,
     card: CardField = None,
@@ -121,11 +130,15 @@ def train(
         "recipe.epochs": epochs, "recipe.max_steps": max_steps, "recipe.batch_size": batch_size, "recipe.learning_rate": lr,
         "recipe.head_learning_rate": head_lr, "recipe.max_length": max_length, "recipe.seed": seed, "recipe.patience": patience,
     }  # fmt: skip
-    values = {key: value for key, value in flags.items() if value is not None}
+    values: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     values |= {f"recipe.{k}": parse_value(v) for k, v in parse_pairs(recipe, "--recipe").items()}
     values |= {f"read_settings.{k}": v for k, v in reading(columns, encoding, normalise, skip_bad, header).items()}
     values |= {f"roles.{k}": v for k, v in parse_pairs(role, "--role").items()}
     values |= {f"card.{k}": v for k, v in statements(card, "--card").items()}
+    if new:
+        values["new"] = {name: fresh(text) for name, text in parse_pairs(new, "--new").items()}
+    if along:
+        values["along"] = {name: None if rate == "" else float_of(rate) for name, rate in (each.partition("=")[::2] for each in along)}
     if lang:
         values |= {"card.languages": lang, "roles.language": "+".join(lang)}
     if resume is not None:
@@ -228,14 +241,17 @@ def run(
     for module in read_modules(config.modules).values():
         host.insert(module, force_base=force_base)
     expression = config.expression
+    for number, (name, given) in enumerate(config.new.items()):
+        host.add(name, method_row(given["method"]).build(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "method"}), seed=config.method_seed + number)
     if method is None:
-        expression = expression or fused(config.modules, config.name)
+        expression = expression or fused([*config.modules, *config.new], config.name, config.method)
+        chosen = {**keys_of(config.method, task, table, chosen), **chosen}
         method = host.router_method(config.name, config.method, expression, **chosen)
     host.add(config.name, method if task.head is None else method.with_head(task.head), seed=config.method_seed, roles=config.roles)
     console.note(f"{config.name}: {config.method} on {base.name}, {host.count(host.method(config.name)):,} trainable parameters")
     result = train_module(
         host, config.name, task, table, dev, recipe=recipe, run_dir=config.out, expression=expression, resume=resume,
-        progress=reporter(quiet=console.quiet), config=config.model_dump(mode="json"),
+        along={**dict.fromkeys(config.new), **config.along}, progress=reporter(quiet=console.quiet), config=config.model_dump(mode="json"),
     )  # fmt: skip
     written = result.path
     if config.card and written is not None:
@@ -251,7 +267,46 @@ def method_row(name: str) -> Row:
     return ROUTERS[name] if name in ROUTERS else METHODS[name]
 
 
-def fused(modules: Mapping[str, str], router: str) -> str:
+def fresh(text: str) -> dict[str, Any]:
+    """`lora:rank=4` as values of a configuration.
+
+    Raises:
+        UsageError: a setting is none, or of another type.
+        SpecError: there is no such method, or it has no such setting.
+    """
+    name, *pairs = text.split(":")
+    row = method_row(name)
+    return {"method": name, **{k: list(v) if isinstance(v, tuple) else v for k, v in parse_settings(pairs, row).items()}}
+
+
+def float_of(text: str) -> float:
+    """A learning rate."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--along: {text!r} is no learning rate; write --along NAME or --along NAME=0.001") from None
+
+
+def keys_of(kind: str, task: BaseTask[Any], table: Table, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a router's table, from the column of the training data that the task's `context` names.
+
+    Raises:
+        UsageError: it needs keys, and neither they nor a column are given.
+    """
+    row = method_row(kind)
+    key = "tasks" if "tasks" in row.defaults else "keys"
+    if key not in row.defaults or given.get(key):
+        return {}
+    wanted = str(given.get("context", row.defaults["context"]))
+    columns = dict(pair.replace(" ", "").split("=", 1) for pair in task.options.context.split(",") if "=" in pair)
+    if wanted in columns and columns[wanted] in table.names:
+        return {key: tuple(sorted(set(map(str, table[columns[wanted]]))))}
+    if key == "tasks":
+        raise UsageError(f"{kind} has a row of weights per {wanted}: say which column tells it, --task-set context={wanted}=COLUMN, or --set tasks='[\"a\",\"b\"]'")
+    return {}
+
+
+def fused(modules: Sequence[str], router: str, kind: str) -> str:
     """The mixture of all modules that are given, with a new router.
 
     Raises:
@@ -261,7 +316,7 @@ def fused(modules: Mapping[str, str], router: str) -> str:
 
     if len(modules) < 2:
         raise UsageError("a router weighs modules: give two or more with -m NAME=FILE, or say what runs: --expr 'fuse(a, b; router=NAME)'")
-    return str(fuse(*map(Ref, modules), router=router))
+    return str(fuse(*map(Ref, modules), router=router, space="phi" if kind == "polytropon" else "out"))
 
 
 def check_data(console: Console, task: BaseTask[Any], table: Table, dev: Table | None, *, force: bool) -> None:

@@ -13,7 +13,7 @@ What is not here: refusals (`legality.py`) and folding (the host), whose sentenc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from intarsia.compose.expr import Expr, Mix, Ref, Seq, names
@@ -156,7 +156,10 @@ def restrict(e: Expr, here: Mapping[str, object]) -> Expr | None:
     if not kept:
         return None
     if isinstance(e, Mix):
-        return Mix(tuple(part for _, part in kept), tuple(e.weights[i] for i, _ in kept))
+        parts = tuple(part for _, part in kept)
+        if e.router is None:
+            return replace(e, parts=parts, weights=tuple(e.weights[i] for i, _ in kept))
+        return replace(e, parts=parts, top=None if e.top is None else min(e.top, len(parts)))
     return kept[0][1] if len(kept) == 1 else Seq(tuple(part for _, part in kept))
 
 

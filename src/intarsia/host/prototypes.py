@@ -132,7 +132,9 @@ def _collected(host: Host, name: str, mixture: Mix) -> Iterator[dict[str, list[T
         assert isinstance(form.scorer, Looking)
         hooks.append(form.scorer.register_forward_hook(collect(site, form.scorer)))
     try:
-        with evaluating(host.model), host.using(Mix((mixture,), (0.0,))):  # the router looks, and nothing is changed
+        headed = [ref.name for ref in mixture.refs() if host.labels(ref.name) is not None]  # which one answers does not matter
+        # the router looks, and nothing is changed
+        with evaluating(host.model), host.using(Mix((mixture,), (0.0,)), head=headed[0] if headed else None):
             yield found
     finally:
         for hook in hooks:

@@ -79,6 +79,8 @@ class TrainConfig(Configuration):
     read_settings: Settings = Field(default_factory=dict, description="column names, delimiter, encoding ... of the reader")
     modules: dict[str, str] = Field(default_factory=dict, description="stored modules by name, frozen")
     expression: str | None = Field(default=None, description="what runs while training; default: the new module alone")
+    new: dict[str, Settings] = Field(default_factory=dict, description="more new modules that are trained along: method and its settings, by name")
+    along: dict[str, float | None] = Field(default_factory=dict, description="modules trained along, with a learning rate each or null for their method's")
     roles: dict[str, str] = Field(default_factory=dict, description="what the module is about, e.g. language: swh")
     card: Settings = Field(default_factory=dict, description="fields of the card that training cannot know")
     out: str = Field(description="run directory")

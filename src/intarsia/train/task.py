@@ -136,9 +136,10 @@ def with_context(task: Task, features: Sequence[Features], table: Rows) -> Seque
         key, equals, column = (part.strip() for part in pair.partition("="))
         if not equals or not key.isidentifier() or key in columns:
             raise UsageError(f"the task's context={asked!r} is a list of KEY=COLUMN with different keys, e.g. task=corpus,lang=language")
-        if column not in table.names:
-            raise UsageError(f"the task's context={asked!r}: the table has no column {column!r}{nearest(column, table.names)}; it has {listing(table.names)}")
-        columns[key] = [str(cell) for cell in table[column]]
+        names = list(table[0]) if len(table) else []
+        if column not in names:
+            raise UsageError(f"the task's context={asked!r}: the table has no column {column!r}{nearest(column, names)}; it has {listing(names)}")
+        columns[key] = [str(table[row][column]) for row in range(len(table))]
     return [{**feature, CONTEXT: {key: cells[feature["row"]] for key, cells in columns.items()}} for feature in features]
 
 
