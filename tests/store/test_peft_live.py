@@ -174,3 +174,78 @@ def test_an_adapter_with_a_name(tmp_path: Path) -> None:
         module, _ = read(tmp_path / "both" / name, "llama")
         assert module.name == name
         close(ours(module, "llama"), want)
+
+
+def classifier(kind: str) -> tuple[Any, Any, dict[str, torch.Tensor], str]:
+    """A model with the class's head, the model inside it, inputs and the task."""
+    import transformers as hf
+
+    from tests import zoo
+
+    family, name, task, inner = {
+        "pooled": ("xlm-roberta", "XLMRobertaForSequenceClassification", "SEQ_CLS", "roberta"), "relu": ("distilbert", "DistilBertForSequenceClassification", "SEQ_CLS", "distilbert"),
+        "last": ("llama", "LlamaForSequenceClassification", "SEQ_CLS", "model"), "token": ("bert", "BertForTokenClassification", "TOKEN_CLS", "bert"),
+    }[kind]  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(hf, name)(zoo.config(family, num_labels=3)).eval()
+    zoo.perturb_(model)
+    inputs = zoo.inputs(family)
+    inputs["attention_mask"][1, 5:] = 0
+    inputs["input_ids"][1, 5:] = 1 if family.startswith("xlm") else 0
+    return model, getattr(model, inner), inputs, task
+
+
+@pytest.mark.parametrize("kind", ["pooled", "relu", "last", "token"])
+def test_a_head_of_a_class_for_a_base_without_one_and_back(kind: str, tmp_path: Path) -> None:
+    import peft
+
+    model, _, inputs, task = classifier(kind)
+    targets = {"last": ["q_proj"], "relu": ["q_lin"]}.get(kind, ["query"])
+    more = {"modules_to_save": ["pre_classifier", "classifier"]} if kind == "relu" else {}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type=task, r=2, target_modules=targets, init_lora_weights=False, **more)).eval()
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn(parameter.shape))
+        wrapped.save_pretrained(str(tmp_path / "theirs"))
+    want = live.logits(wrapped, inputs)
+    _, base, _, _ = classifier(kind)
+    module, report = read_peft(tmp_path / "theirs", sites=resolve(base), base=fingerprint(base), weights=base.state_dict(), model=base)
+    assert report.complete and module.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    host = Host(base).insert(module)
+    with host.using(module.name):
+        got = live.logits(base, inputs)
+    real = inputs["attention_mask"].bool() if kind == "token" else slice(None)
+    torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=1e-5)
+    whole, _, _, _ = classifier(kind)
+    written = write_peft(module, tmp_path / "ours", sites=resolve(whole), weights=whole.state_dict(), task_type=task)
+    assert written.complete, written
+    again = peft.PeftModel.from_pretrained(whole, str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(live.logits(again, inputs)[real], want[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_base_in_half_precision(autocast: bool, tmp_path: Path) -> None:
+    """peft keeps single precision beside it, or half if told so: either way the file returns to the byte."""
+    import peft
+
+    model, inputs = live.base("llama")
+    model = model.bfloat16()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast).eval()
+        wrapped.save_pretrained(str(tmp_path / "theirs"))
+    want = live.logits(wrapped, inputs)
+    plain, _ = live.base("llama")
+    plain = plain.bfloat16()
+    module, _ = read_peft(tmp_path / "theirs", sites=resolve(plain), base=fingerprint(plain), weights=plain.state_dict())
+    host = Host(plain).insert(loads(dumps(module)))
+    with host.using(module.name):
+        torch.testing.assert_close(live.logits(plain, inputs).float(), want.float(), atol=3e-2, rtol=3e-2)
+    write_peft(module, tmp_path / "ours", sites=resolve(plain), weights=plain.state_dict())
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes(), file

@@ -18,10 +18,12 @@ from torch import Tensor
 from intarsia.modules.module import DTYPE_NAMES, DTYPES, Module
 from intarsia.store.convert.peft_config import COMMON, DEFAULTS
 
-#: keys of the recipe: the fields that differ from peft's defaults; which tensors the file had; of what type they were
+#: keys of the recipe: the fields that differ from peft's defaults; which tensors the file had; of what types they were
 FIELDS, TENSORS, DTYPE = "peft", "peft_tensors", "peft_dtype"
 #: a longer configuration is not kept
 LIMIT = 64_000
+#: types of more tensors are not kept one by one
+MANY = 500
 
 
 def kept(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, object]:
@@ -31,9 +33,11 @@ def kept(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, obj
     if len(json.dumps(fields)) > LIMIT:
         return {}
     found: dict[str, object] = {FIELDS: fields, TENSORS: _names(tensors)}
-    kinds = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(kinds) == 1 and kinds != {torch.float32} and kinds <= DTYPE_NAMES.keys():
-        found[DTYPE] = DTYPE_NAMES[kinds.pop()]
+    types = {key: DTYPE_NAMES[t.dtype] for key, t in tensors.items() if t.is_floating_point() and t.dtype in DTYPE_NAMES}
+    narrow = {key: name for key, name in types.items() if name != "F32"}
+    if narrow:
+        every = len(set(types.values())) == 1
+        found |= {DTYPE: {"*": next(iter(narrow.values()))}} if every else {DTYPE: narrow} if len(narrow) <= MANY else {}
     return found
 
 
@@ -59,12 +63,16 @@ def same_file(module: Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def narrowed(module: Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the type the file had, if not a bit is lost by that."""
-    dtype = DTYPES.get(str(module.card.recipe.get(DTYPE)))
-    if dtype is None or not dtype.is_floating_point:
+    """The tensors in the types the file had, where not a bit is lost by that."""
+    types = module.card.recipe.get(DTYPE)
+    if not isinstance(types, Mapping):
         return dict(tensors)
-    small = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
-    return small if all(torch.equal(t.to(tensors[key].dtype), tensors[key]) for key, t in small.items()) else dict(tensors)
+    found = dict(tensors)
+    for key, tensor in tensors.items():
+        dtype = DTYPES.get(str(types.get(key, types.get("*"))))
+        if dtype is not None and dtype.is_floating_point and tensor.is_floating_point() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            found[key] = tensor.to(dtype)
+    return found
 
 
 def _names(tensors: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,7 @@ from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.folder import as_float, exact_change, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
+from intarsia.store.convert.peft_heads import of_heads, read_head
 from intarsia.store.convert.peft_kind import Layer
 from intarsia.store.convert.peft_kinds import KINDS, STARTS, rebased
 from intarsia.store.convert.peft_origin import kept
@@ -49,6 +50,7 @@ class _Reading:
     pieces: list[Piece] = field(default_factory=list)
     rows: dict[str, Tensor] = field(default_factory=dict)
     carried: int = 0
+    heads: dict[str, Tensor] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
 
@@ -125,12 +127,13 @@ def assemble(
         _read_layer(reading, path, members)
     if config.kind not in (*PROMPTS, "ADAPTION_PROMPT"):
         _check_complete(reading, layers)
+    labels = _read_heads(reading, model)
     if not reading.pieces:
         raise ModuleError(f"{source}: nothing in it can be carried: {'; '.join(reading.left_out) or 'it holds no tensors'}")
     method, ours = together(_method_name(config), reading.pieces, _policy(config), f"peft {config['peft_version']}, {config.kind}")
     text = f"Read from files of peft {config['peft_version']}."
     card = Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=text, recipe=kept(raw, found))
-    module = Module(name, method, ours, base, card=card)
+    module = Module(name, method, ours, base, labels, card=card)
     return module, Report(source, config.kind, reading.carried, tuple(reading.left_out), tuple(reading.notes))
 
 
@@ -143,6 +146,27 @@ def _method_name(config: Config) -> str:
 def _policy(config: Config) -> Policy:
     name = _method_name(config)
     return Policy(learning_rate=METHODS[name].build().policy.learning_rate) if name in METHODS else Policy()
+
+
+def _read_heads(reading: _Reading, model: PreTrainedModel | None) -> tuple[str, ...] | None:
+    """A head for a model without one, and its label names."""
+    if not reading.heads:
+        return None
+    known = of_heads(reading.heads)
+    prompted = any(piece.port == "seq" for piece in reading.pieces)
+    name, config = reading.paths.sites.model, None if model is None else model.config
+    found = read_head(reading.config["task_type"], {key: reading.heads[key] for key in known}, name, config) if known else None
+    if found is not None and prompted and getattr(found[0].form, "pooling", "") == "first":
+        found = None
+    lost = [key for key in reading.heads if found is None or key not in known]
+    reading.left_out += [f"{key} {tuple(reading.heads[key].shape)}: this model has no such module; load the class with that head, or train a head here" for key in lost]
+    if found is None:
+        return None
+    piece, labels = found
+    reading.pieces.append(piece)
+    reading.carried += len(known)
+    reading.notes[f"its head answers by {len(labels)} labels, whose names peft's files do not hold: {listing(labels, 4)}"] = None
+    return labels
 
 
 def _without_copies(reading: _Reading, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,8 +191,8 @@ def _by_layer(reading: _Reading, tensors: Mapping[str, Tensor], source: str) -> 
         found = reading.paths.split(key)
         if found is not None and found[1]:
             layers.setdefault(found[0], {})[found[1]] = tensor
-        elif key.rpartition(".")[0].split(".")[-1] in saved:
-            reading.left_out.append(f"{key} {tuple(tensor.shape)}: this model has no such module; load the class with that head, or train a head here")
+        elif any(f".{word}." in f".{key}" for word in saved):
+            reading.heads[key] = tensor
         else:
             strange.append(key)
     if strange:

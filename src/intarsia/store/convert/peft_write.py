@@ -27,7 +27,6 @@ from intarsia.patches import (
     Dense,
     Diag,
     Free,
-    Head,
     LowRank,
     Matrix,
     Rows,
@@ -39,6 +38,7 @@ from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, wr
 from intarsia.store.convert.paths import Paths, suffixes
 from intarsia.store.convert.peft_config import DEFAULTS, written
 from intarsia.store.convert.peft_finish import Written, finished
+from intarsia.store.convert.peft_heads import write_head
 from intarsia.store.convert.peft_kind import Fields
 from intarsia.store.convert.peft_kinds import KINDS
 from intarsia.store.convert.peft_origin import narrowed, origin, same_file
@@ -147,7 +147,8 @@ def write_peft(
     if before and same_file(module, tensors):
         earlier = {**before, "task_type": task_type, "base_model_name_or_path": base_name}
         config = earlier if _gives(earlier, tensors, module, sites, weights, model) else config
-    for what, there in (("label names", module.labels), ("the context", module.context), ("required modules", module.requires)):
+    labels = None if module.labels == tuple(f"LABEL_{i}" for i in range(len(module.labels or ()))) else module.labels
+    for what, there in (("label names", labels), ("the context", module.context), ("required modules", module.requires)):
         if there:
             writing.left_out.append(f"{what} ({listing(map(str, there), 4)}): peft's files have no place for it")
     write_folder(folder, {CONFIG: json_bytes(config), WEIGHTS: tensor_bytes(tensors), "README.md": module.card.to_markdown().encode()})
@@ -189,7 +190,7 @@ def _by_place(module: Module, writing: _Writing) -> dict[tuple[str, Patch], dict
         name, _, leaf = rest.partition(".")
         if site == "tied" or name not in patches:
             raise ModuleError(f"{key!r} is shared by all sites; peft has no place for it. Take the module with host.extract(name, flatten=True)")
-        if patches[name].port == "logits" and _token_head(writing, patches[name], module, site, name):
+        if patches[name].port == "logits" and _own_head(writing, patches[name], module, site, name):
             continue
         if patches[name].port == "logits":
             text = f"{key} {tuple(tensor.shape)}: a head on the final hidden states; peft keeps only the model class's own"
@@ -199,21 +200,17 @@ def _by_place(module: Module, writing: _Writing) -> dict[tuple[str, Patch], dict
     return found
 
 
-def _token_head(writing: _Writing, patch: Patch, module: Module, site: str, name: str) -> bool:
-    """Whether a head over every token is the model's own linear classifier, which then takes its values."""
-    form = patch.form
-    if not (isinstance(form, Head) and form.pooling == "token"):
+def _own_head(writing: _Writing, patch: Patch, module: Module, site: str, name: str) -> bool:
+    """Whether a head is one that the model's class has, which then takes its values."""
+    lead = f"{site}/{name}."
+    shapes = {place: found[0].shape for place, found in writing.paths.params.items() if found[0].view is None}
+    leaves = {key.removeprefix(lead): tensor for key, tensor in module.tensors.items() if key.startswith(lead)}
+    found = write_head(patch.form, leaves, writing.paths.sites.model, shapes)
+    if found is None:
         return False
-    found = {leaf: as_float(module.tensors[f"{site}/{name}.{leaf}"]) for leaf in ("weight", "bias")}
-    if form.standardise:  # centre and scale go into the linear map
-        found["weight"] = found["weight"] * module.tensors[f"{site}/{name}.scale"]
-        found["bias"] = found["bias"] - found["weight"] @ module.tensors[f"{site}/{name}.mean"]
-    for path in sorted(writing.paths.known):
-        if path in TASK_HEADS["TOKEN_CLS"] and (path, "bias") in writing.paths.params and writing.paths.weight(path).shape == tuple(found["weight"].shape):
-            writing.heads.add(path)
-            writing.replaced |= {(path, leaf): tensor for leaf, tensor in found.items()}
-            return True
-    return False
+    writing.heads |= {path for path, _ in found}
+    writing.replaced |= found
+    return True
 
 
 def _preferred(module: Module, before: Mapping[str, Any], uniform: bool) -> str:
