@@ -138,7 +138,8 @@ def _read(
         raise ModuleError(f"{folder}: {len(reading.tensors)} tensors that its configuration does not explain: {listing(sorted(reading.tensors), 4)}")
     if not reading.pieces:
         raise ModuleError(f"{folder}: it holds no tensors of adapter {adapter!r}")
-    labels, left_out = None, []
+    labels: tuple[str, ...] | None = None
+    left_out: list[str] = []
     if (folder / HEAD_CONFIG).exists():
         labels, left_out = read_head(reading, folder, allow_pickle, str(raw.get("model_type")), weights, model)
     method, ours = together("+".join(kinds), reading.pieces, source=f"adapters {version.removeprefix('adapters.')}, {'+'.join(kinds)}")

@@ -52,6 +52,7 @@ WEIGHTS, PICKLE = "model_adapter_fusion.safetensors", "pytorch_model_adapter_fus
 _LEAVES = {"query.weight": "scorer.query", "query.bias": "scorer.query_bias", "key.weight": "scorer.key", "key.bias": "scorer.key_bias", "value.weight": "value"}
 _CONFIG: Mapping[str, Any] = {"dropout_prob": None, "key": True, "query": True, "query_before_ln": False, "residual_before": False, "temperature": False,
                               "value_before_softmax": True}  # fmt: skip
+MAX_ROWS = 100_000
 _TRAINING = {"regularization", "value_initialized", "dropout_prob"}
 
 
@@ -208,7 +209,7 @@ def read_setup(
     place = Path(folder)
     with sound(os.fspath(folder)):
         raw = read_config(place, SETUP)
-        node = raw.get("adapter_setup")
+        node: Any = raw.get("adapter_setup")
         modules: dict[str, Module] = {}
         reports: list[Report] = []
         for name in dict.fromkeys(_leaves(node)):
@@ -218,17 +219,17 @@ def read_setup(
             reports.append(report)
         routers: dict[str, str] = {}
         for inner in sorted(path.parent for path in place.glob(f"*/{FUSION}")):
-            name = "fusion" if not routers else f"fusion_{len(routers) + 1}"
+            name = next(free for free in ("fusion", *(f"fusion_{i}" for i in range(2, len(modules) + 3))) if free not in modules)
             modules[name], report = read_fusion(inner, sites=sites, base=base, name=name, members=modules, allow_pickle=allow_pickle)
             routers[inner.name] = name
             reports.append(report)
         notes: dict[str, None] = {}
         combined = _Combining(modules, routers, str(place / SETUP), notes)
-        if isinstance(node, dict) and node.get("type") == "BatchSplit":
-            sizes = (node.get("kwargs") or {}).get("batch_sizes") or []
-            if len(sizes) != len(node["children"]):
-                raise ModuleError(f"{place / SETUP}: {len(node['children'])} parts of a batch and {len(sizes)} sizes")
-            expression: str | tuple[str, ...] = tuple(combined.text(child) for child, size in zip(node["children"], sizes) for _ in range(int(size)))
+        if node.get("type") == "BatchSplit":
+            sizes = [int(size) for size in (node.get("kwargs") or {}).get("batch_sizes") or []]
+            if len(sizes) != len(node["children"]) or min(sizes) < 0 or sum(sizes) > MAX_ROWS:
+                raise ModuleError(f"{place / SETUP}: {len(node['children'])} parts of a batch and the sizes {sizes[:8]}; one each, at most {MAX_ROWS:,} rows")
+            expression: str | tuple[str, ...] = tuple(combined.text(child) for child, size in zip(node["children"], sizes) for _ in range(size))
         else:
             expression = combined.text(node)
         if notes:

@@ -98,15 +98,15 @@ def refts(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str, Te
         block = site.name.rpartition(".")[2].isdecimal() and site.port == "out"
         if patch.form != form or patch.op != Add() or not block:
             raise ModuleError(f"{site.name}: adapters edits the outputs of blocks, all in the same way")
-        units = {"edit": (0,)} if form.tied else {"first": (0,), "last": (1,)}
+        units: dict[str, tuple[int, ...]] = {"edit": (0,)} if form.tied else {"first": (0,), "last": (1,)}
         if not form.tied and len(form.names()) == 1:  # the other one exists there and is never used
             units = {form.names()[0]: (0, 1)}
-        for name, numbers in units.items():
+        for name, places in units.items():
             projection, source = ours[f"units.{name}.projection"], ours[f"units.{name}.source"]
             if not form.subtract:  # W h + b is (W + R) h + b - R h
-                source = source + projection
+                source = source + (orthonormal(projection) if form.orthonormal else projection)
                 writing.notes["DiReFT is written as the NoReFT that it equals: adapters' files cannot tell them apart"] = None
-            for number in numbers:
+            for number in places:
                 lead = f"{site.path}.reft_layer.refts.{writing.name}.units.{number}."
                 tensors |= {f"{lead}learned_source.weight": source.clone(), f"{lead}learned_source.bias": ours[f"units.{name}.bias"].clone()}
                 tensors |= {f"{lead}projection.{leaf}": t for leaf, t in _projection(projection, form.orthonormal).items()}
