@@ -30,6 +30,7 @@ class Source:
         methods: that are run; all if None.
         base, examples, steps, batch, length: examples of a step, tokens of an example.
         rows: of the test file that count, drawn at random; all if None.
+        set: settings of methods that are not their own, for this task.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     batch: int = 16
     length: int = 64
     rows: int | None = None
+    set: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 BASE = "base"
@@ -61,6 +63,7 @@ SOURCES = {
             "e2e", "e2e/devset.csv", None, "e2e/testset_w_refs.csv", "prompt=mr,completion=ref", kind="clm",
             settings={"prompt": "prompt", "completion": "completion"}, reference=BASE, base="smollm2-135m",
             methods=(BASE, "lora", "prefix", "pfeiffer", "bitfit", "ia3"), examples=120, steps=30, batch=4, length=96, rows=100,
+            set={"bitfit": {"create": True}},  # the base has no biases
         ),
     )
 }  # fmt: skip
@@ -160,6 +163,11 @@ paper finds masks from 32 examples as good as from 1024.  Fastfood over all weig
 """
 
 
+def settings_of(task: str, method: str) -> Mapping[str, object] | None:
+    """Settings of a method in a task's jobs that are not its own; None if there are none."""
+    return (SOURCES[task].set.get(method) if task in SOURCES else None) or SET.get(method)
+
+
 def plan(
     tasks: Sequence[str], base: str | None, methods: Sequence[str], seeds: Sequence[int], examples: Sequence[int] | None = None, steps: int | None = None
 ) -> Iterator[Job]:
@@ -175,7 +183,7 @@ def plan(
 
 def current(line: Mapping[str, Any]) -> bool:
     """Whether a result has the settings that its method has here now."""
-    return line.get("set") == SET.get(str(line["method"]))
+    return line.get("set") == settings_of(str(line["task"]), str(line["method"]))
 
 
 class Results:

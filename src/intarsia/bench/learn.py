@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from intarsia import bases, tasks
-from intarsia.bench.jobs import BASE, SET, Job, Results, shots, source, tables
+from intarsia.bench.jobs import BASE, Job, Results, settings_of, shots, source, tables
 from intarsia.errors import IntarsiaError, SiteError, SpecError, UsageError
 from intarsia.host import Host
 from intarsia.methods import METHODS, Method
@@ -105,13 +105,14 @@ def run_job(job: Job, data: Path, *, dev_only: bool = False) -> dict[str, Any]:
     if dev_only and dev is None:
         raise UsageError(f"{job.task} has no dev data to choose a learning rate on")
     table = shots(train_table, min(job.examples, len(train_table)), job.seed, "label" if about.kind == "classify" else None)
-    method = Method(BASE) if job.method == BASE else METHODS[job.method].build(**SET.get(job.method, {}))
+    given = settings_of(job.task, job.method)
+    method = Method(BASE) if job.method == BASE else METHODS[job.method].build(**dict(given or {}))
     settings = {**tasks.base_settings(about.kind, base), "max_length": about.length, **about.settings, **tasks.method_settings(about.kind, method)}
     facts: dict[str, Any] = {"at": now(), "on": where(base.model.device)}
     if dev_only:
         facts["split"] = "dev"
-    if job.method in SET:
-        facts["set"] = SET[job.method]
+    if given is not None:
+        facts["set"] = dict(given)
     start = time.perf_counter()
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.bench.jobs import BASE, SET, SOURCES, Job, Source, current, rate_of
-from intarsia.bench.tune import GAIN, chosen, own
+from intarsia.bench.tune import GAIN, SEED, chosen, own, scores_of
 from intarsia.methods import METHODS
 from intarsia.tasks.metrics import METRICS
 
@@ -19,7 +19,7 @@ HEAD = """# Does it learn?
 
 Every method of `intarsia methods`, trained for a short time on real tasks: 100 steps say whether a method learns and what it costs.
 This is **not a ranking**: few steps, one base, almost no search over settings.  `rate` is given where the method's own learning rate
-(its paper's, for longer trainings) was replaced by a multiple of it that learns more on *dev* data of SST-2 in seed 0; the same was
+(its paper's, for longer trainings) was replaced by a multiple of it that learns more on *dev* data of SST-2 in one seed; the same was
 done for `head`; what was tried stands at the end of this page and in `src/intarsia/bench/rates.csv`.
 
 Anyone can repeat it.  Jobs that are in the file are not run again, so each of these can be stopped at any time and goes on where it was:
@@ -47,7 +47,8 @@ def write(lines: Sequence[Line], path: Path) -> None:
     if machines:
         parts.append("Measured on: " + "; ".join(machines) + ".\n")
     if settings := [f"`{name}`: " + ", ".join(f"{k}={v}" for k, v in sorted(values.items())) for name, values in sorted(SET.items())]:
-        parts.append("Settings that are not the method's own: " + "; ".join(settings) + ".\n")
+        more = [f"`{name}` on {task.name}: " + ", ".join(f"{k}={v}" for k, v in values.items()) for task in SOURCES.values() for name, values in task.set.items()]
+        parts.append("Settings that are not the method's own: " + "; ".join([*settings, *more]) + ".\n")
     for task, base, steps in sorted({(str(x["task"]), str(x["base"]), int(x["steps"])) for x in lines}):
         here = [x for x in lines if (x["task"], x["base"], x["steps"]) == (task, base, steps)]
         most = max(int(x["examples"]) for x in here)
@@ -66,13 +67,12 @@ def tuned(lines: Sequence[Line]) -> str:
     """What was tried for the learning rates, on dev data."""
     text = [
         "## Learning rates that were tried\n",
-        f"Score on {max(int(x.get('rows', 0)) for x in lines)} dev rows of {lines[0]['task']}, seed 0. Another rate takes the place of a method's own where it brings at least "
+        f"Score on {max(int(x.get('rows', 0)) for x in lines)} dev rows of {lines[0]['task']}, seed 0 ({', '.join(f'`{name}`: seed {seed}' for name, seed in sorted(SEED.items()))}, where the own rate fails). Another rate takes the place of a method's own where it brings at least "
         f"{GAIN:g}; methods that are alike (`ALIKE` in `src/intarsia/bench/tune.py`) share the multiple.\n",
         "| method | its own rate | other rates | taken |\n|---|---|---|---|",
     ]
     taken = chosen(lines)
-    for method in sorted({str(x["method"]) for x in lines}):
-        scores = {x["rate"]: float(x["score"]) for x in lines if x["method"] == method and "score" in x}
+    for method, scores in sorted(scores_of(lines).items()):
         others = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in sorted(scores.items(), key=lambda pair: pair[0] or 0) if rate is not None)
         first = f"{own(method):g}: {scores[None]:.3f}" if None in scores else ""
         text.append(f"| `{method}` | {first} | {others} | {f'{taken[method][0]:g}' if method in taken else 'its own'} |")
@@ -124,7 +124,7 @@ def table(task: str, base: str, steps: int, lines: Sequence[Line], examples: int
     size = next((int(x["rows"]) for x in lines if "rows" in x), 0)
     spread = next((float(x["high"]) - float(x["low"]) for x in lines if "low" in x), 0.0)
     worse = [row[1][0] for row in rows if "worse" in row[1][4] or row[1][4] == "equal"]
-    unsure = [row[1][0] for row in rows if "?" in row[1][4]]
+    sure = sum("+" in row[1][4] and "?" not in row[1][4] and int(row[1][3]) > 1 for row in rows)
     absent = [f"`{name}`" for name in about.methods or METHODS if name not in {str(x["method"]) for x in lines}]
     what = {"head": "`head` trains the classifier alone and is what the others must beat", "base": "`base` is the model as it is"}[about.reference]
     text = [
@@ -138,7 +138,7 @@ def table(task: str, base: str, steps: int, lines: Sequence[Line], examples: int
         "",
     ]
     if reference:
-        text.append(f"No better than `{about.reference}` in the mean: {', '.join(worse) or 'none'}. Better or worse by less than the seeds differ: {', '.join(unsure) or 'none'}.\n")
+        text.append(f"No better than `{about.reference}` in the mean: {', '.join(worse) or 'none'}. {len(rows) - 1 - len(worse)} of {len(rows) - 1} are better in the mean, {sure} of them by more than the seeds differ.\n")
     if refused:
         text.append("Not run:\n\n" + "\n".join(refused) + "\n")
     if absent:
