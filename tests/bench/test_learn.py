@@ -106,6 +106,7 @@ def test_the_page_says_what_is_below_head_only(tmp_path: Path) -> None:
     assert page.index("| `full` |") < page.index("| `head` |") < page.index("| `bad` |")
     assert (tmp_path / "m-t.png").stat().st_size > 5000
     assert "| 1,234 | 99 | 3 | 7 |" in page and "+0.100" in page and "-0.200 (worse)" in page
+    assert "Collapsed in single seeds (more than 0.05 worse than `head` in the same seed): `bad` (seed 0: 0.506), `bad` (seed 1: 0.516)" in page
     assert "* 16 examples: 0 of 1 are above full fine-tuning (0.812)." in page
 
 

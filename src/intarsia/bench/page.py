@@ -15,6 +15,8 @@ from intarsia.tasks.metrics import METRICS
 
 Line = Mapping[str, Any]
 
+COLLAPSE = 0.05
+
 HEAD = """# Does it learn?
 
 Every method of `intarsia methods`, trained for a short time on real tasks: 100 steps say whether a method learns and what it costs.
@@ -65,14 +67,16 @@ def write(lines: Sequence[Line], path: Path) -> None:
 
 def tuned(lines: Sequence[Line]) -> str:
     """What was tried for the learning rates, on dev data."""
+    found = scores_of(lines)
+    seeds = "".join(f" (`{name}`: seed {SEED[name]}, where its own rate fails)" for name in sorted(SEED) if name in found)
     text = [
         "## Learning rates that were tried\n",
-        f"Score on {max(int(x.get('rows', 0)) for x in lines)} dev rows of {lines[0]['task']}, seed 0 ({', '.join(f'`{name}`: seed {seed}' for name, seed in sorted(SEED.items()))}, where the own rate fails). Another rate takes the place of a method's own where it brings at least "
+        f"Score on {max(int(x.get('rows', 0)) for x in lines)} dev rows of {lines[0]['task']}, seed 0{seeds}. Another rate takes the place of a method's own where it brings at least "
         f"{GAIN:g}; methods that are alike (`ALIKE` in `src/intarsia/bench/tune.py`) share the multiple.\n",
         "| method | its own rate | other rates | taken |\n|---|---|---|---|",
     ]
     taken = chosen(lines)
-    for method, scores in sorted(scores_of(lines).items()):
+    for method, scores in sorted(found.items()):
         others = ", ".join(f"{rate:g}: {score:.3f}" for rate, score in sorted(scores.items(), key=lambda pair: pair[0] or 0) if rate is not None)
         first = f"{own(method):g}: {scores[None]:.3f}" if None in scores else ""
         text.append(f"| `{method}` | {first} | {others} | {f'{taken[method][0]:g}' if method in taken else 'its own'} |")
@@ -139,6 +143,8 @@ def table(task: str, base: str, steps: int, lines: Sequence[Line], examples: int
     ]
     if reference:
         text.append(f"No better than `{about.reference}` in the mean: {', '.join(worse) or 'none'}. {len(rows) - 1 - len(worse)} of {len(rows) - 1} are better in the mean, {sure} of them by more than the seeds differ.\n")
+    if fallen := collapsed(lines, about.reference, sign):
+        text.append(f"Collapsed in single seeds (more than {COLLAPSE:g} worse than `{about.reference}` in the same seed): {', '.join(fallen)}.\n")
     if refused:
         text.append("Not run:\n\n" + "\n".join(refused) + "\n")
     if absent:
@@ -152,6 +158,13 @@ def interval(scores: Sequence[float]) -> float | None:
         return None
     t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(scores), 2.2)
     return t * statistics.stdev(scores) / math.sqrt(len(scores))
+
+
+def collapsed(lines: Sequence[Line], reference: str, sign: int) -> list[str]:
+    """Methods and seeds that are far worse than the reference: usually a learning rate that is too high."""
+    against = {x["seed"]: float(x["score"]) for x in lines if x["method"] == reference and "score" in x}
+    worse = [x for x in lines if "score" in x and x["seed"] in against and sign * (float(x["score"]) - against[x["seed"]]) < -COLLAPSE]
+    return [f"`{x['method']}` (seed {x['seed']}: {float(x['score']):.3f})" for x in worse]
 
 
 def verdict(lines: Sequence[Line], method: str, reference: str, sign: int) -> str:
