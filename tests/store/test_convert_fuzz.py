@@ -19,8 +19,8 @@ from intarsia.host import Host
 from intarsia.modules import Module, dumps, loads
 from intarsia.sites import fingerprint, resolve
 from intarsia.store.convert import read_adapterhub, read_peft
+from tests.store.adapterhub import cached, case
 from tests.store.peers import tiny
-from tests.store.test_adapterhub_read import cached, case
 from tests.store.test_peft_read import sample
 
 VALUES = st.one_of(
@@ -70,7 +70,8 @@ def sound_or_refused(read: Any, host: Host) -> None:
         assert str(error)
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_dora", "ia3", "lokr", "oft", "gralora", "vera", "fourierft", "prefix", "prompt_tuning", "ln_tuning", "boft"])
+@pytest.mark.parametrize("name", ["lora", "lora_dora", "ia3", "lokr", "oft", "gralora", "vera", "fourierft", "prefix", "prompt_tuning", "ln_tuning", "boft", "randlora", "vblora", "adaption_prompt",
+                                  "supertuning", "trainable_tokens"])  # fmt: skip
 def test_peft(name: str) -> None:
     source, model = sample(f"llama_{name}"), tiny("llama")
     sites, base, host = resolve(model), fingerprint(model), Host(tiny("llama"))
@@ -80,7 +81,7 @@ def test_peft(name: str) -> None:
     def run(data: st.DataObject) -> None:
         folder = spoilt(source, "adapter_model.safetensors", data, None)
         try:
-            sound_or_refused(lambda: read_peft(folder, sites=sites, base=base, weights=model.state_dict()), host)
+            sound_or_refused(lambda: read_peft(folder, sites=sites, base=base, weights=model.state_dict(), model=model), host)
         finally:
             shutil.rmtree(folder.parent)
 

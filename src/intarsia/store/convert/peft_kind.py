@@ -26,7 +26,7 @@ Fields = dict[str, Any]
 #: (theirs -> ours, ours -> theirs)
 LAYOUTS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "same": (lambda t: t, lambda t: t),
-    "turned": (lambda t: t.T, lambda t: t.T),
+    "turned": (lambda t: t.transpose(0, 1), lambda t: t.transpose(0, 1)),
     "column": (lambda t: t[:, 0], lambda t: t[:, None]),
     "row": (lambda t: t[0], lambda t: t[None]),
     "unstacked": (lambda t: t[None], lambda t: t[0]),

@@ -256,6 +256,8 @@ def _gralora(config: Config, layer: Layer) -> Made:
 def _gralora_tensors(config: Config, layer: Layer) -> dict[str, Tensor]:
     """Block (o, i): rank slice o of A_i and rank slice i of B_o."""
     a, b = layer.tensors["gralora_A"], layer.tensors["gralora_B"]
+    if a.dim() != 3 or b.dim() != 3:
+        raise ModuleError(f"{layer.path}: gralora_A {tuple(a.shape)} and gralora_B {tuple(b.shape)} are no blocks [k, size, r] and [k, r, size]")
     grid, size = int(config["gralora_k"]), a.shape[2] // int(config["gralora_k"])
     found = {}
     for out in range(grid):
