@@ -94,7 +94,7 @@ def error(architecture: str, name: str, module: Module) -> tuple[float, float]:
     base = load_file(case(architecture, "base_reference.safetensors"))["last_hidden_state"]
     got = outputs(architecture, module, given).last_hidden_state
     if json.loads((case(architecture, name) / "case.json").read_text())["model_class"] == "T5AdapterModel":  # scales what heads read
-        want = want * want.shape[-1] ** 0.5
+        got, base = (found * want.shape[-1] ** -0.5 for found in (got, base))
     want = want[:, want.shape[1] - got.shape[1] :]  # adapters returns a prompt's positions in front
     real = torch.ones(want.shape[:2], dtype=torch.bool) if architecture == "t5" else given["attention_mask"].bool()
     return float((got - want)[real].abs().max()), float((base - want)[real].abs().max())
