@@ -172,5 +172,6 @@ def test_shared_blocks_have_no_single_last_one() -> None:
         Host(zoo.make("albert")[0]).add("a", kit.small("lst"))
     with pytest.raises(SpecError, match=r"put it at 'head\.in'"):
         from intarsia.methods import Method, Patch
+        from intarsia.patches import Set
 
-        Host(zoo.make("bert")[0]).add("a", Method("m", (Patch("p", "ffn", Ladder()),)))
+        Host(zoo.make("bert")[0]).add("a", Method("m", (Patch("p", "ffn", Ladder(), Set()),)))

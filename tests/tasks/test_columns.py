@@ -148,7 +148,8 @@ CASES = {
 
 
 def test_every_task_has_a_case() -> None:
-    assert set(CASES) == set(TASKS)
+    """Other rooms register tasks of their own when they are imported."""
+    assert set(CASES) == {name for name in TASKS if TASKS[name].options.__module__.startswith("intarsia.tasks.")}
 
 
 @pytest.mark.parametrize("name", CASES)
