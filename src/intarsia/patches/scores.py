@@ -103,7 +103,7 @@ class TableScorer(Scorer):
         except ValueError:
             known = self.spec.keys
             raise CompositionError(
-                f"the router knows no {self.spec.context}={value!r}{nearest(str(value), known)} known: {listing(known)}; a new one needs a row of its own (Router.with_row)"
+                f"the router knows no {self.spec.context}={value!r}{nearest(str(value), known)} known: {listing(known)}; a new one needs a router that is made with it among its keys"
             ) from None
 
 
