@@ -162,7 +162,7 @@ def test_a_large_table_lies_in_a_file(kept: Any, monkeypatch: pytest.MonkeyPatch
     recipe = replace(RECIPE, trunk=kept)
     first = trunk(host, "m", task, features, _ref(), recipe, 12, folder=tmp_path)
     assert isinstance(first, Trunk) and first.states.path is not None
-    assert first.states.path.stat().st_size == len(first.ids) * bytes_per_token(zoo.WIDTH, kept)
+    assert first.states.path.stat().st_size == len(first.table.ids) * bytes_per_token(zoo.WIDTH, kept)
     again = trunk(host, "m", task, features, _ref(), recipe, 12, folder=tmp_path)  # after an interruption
     assert isinstance(again, Trunk) and again.states.complete and torch.equal(again.states.get(torch.arange(5)), first.states.get(torch.arange(5)))
     again.close(keep=True)
@@ -200,3 +200,19 @@ def test_another_text_runs_as_always() -> None:
     batch["input_ids"] = batch["input_ids"] + 1
     assert found.model(batch, [0]) is None and found.whole == 1
     host.close()
+
+
+def test_batches_that_ran_as_always_are_told(tmp_path: Path) -> None:
+    from intarsia.train.record import read_run
+
+    class Later(make.Classify):
+        """Other tokens from the third epoch on: two epochs are not enough to see it beforehand."""
+
+        def collate(self, features: Any) -> Any:
+            later = self.epoch is not None and self.epoch >= 2
+            return super().collate([{**f, "input_ids": [i + 1 for i in f["input_ids"]]} for f in features] if later else features)
+
+    host, _ = upper("classify")
+    train(host, "m", Later(), make.table(), recipe=RECIPE, run_dir=tmp_path / "run")
+    facts = read_run(tmp_path / "run")
+    assert facts is not None and facts["trunk"]["whole_batches"] == 2  # steps 11 and 12 of five an epoch

@@ -270,7 +270,7 @@ def _train(
         sizes = lengths(features, task.keys)
         order = Pieces(sizes, recipe.batch_size, recipe.accumulation, recipe.seed, recipe.group_by_length, args.process_index, args.world_size)
         frozen = Frozen(host, name, *also)
-        begins = trunk(host, name, task, features, expression, recipe, total, head=run.head, folder=folder) if not also else Without("several modules are trained")
+        begins = Without("several modules are trained") if also else trunk(host, name, task, features, expression, recipe, total, head=run.head, folder=folder)
         kept = begins if isinstance(begins, Trunk) else None
         if kept is not None:
             run.progress.note(f"trunk: {kept}")
@@ -280,7 +280,7 @@ def _train(
         )  # fmt: skip
         rng.seed_all("train", recipe.seed, args.process_index)  # the Trainer has seeded all processes alike
         record.write(status="running", trainable=run.trainable, total_steps=total,
-                     trunk=kept.facts() if kept is not None else {"without": getattr(begins, "reason", "")})  # fmt: skip
+                     trunk=begins.facts())  # fmt: skip
         try:
             with _checkpointing(host.model, recipe.gradient_checkpointing):
                 run.begin()
@@ -296,6 +296,9 @@ def _train(
             run.progress.stop()
             if kept is not None:
                 kept.close(keep=trainer.stopping)
+                if kept.whole:
+                    run.progress.note(f"trunk: {kept.whole} batches ran through all blocks, since their tokens were not those that were kept")
+                    record.write(trunk=kept.facts())
         steps = run.done
     if trainer.stopping and steps < total and not run.stopped_early:
         record.write(status="interrupted", seconds=run.seconds)

@@ -48,7 +48,7 @@ class Step(nn.Module):
     neither writes to its configuration nor chooses a loss by its class.
     """
 
-    def __init__(self, host: Host, expression: Any, head: str | None, task: Task, precision: str, penalty: Callable[[], Tensor | None] | None = None) -> None:
+    def __init__(self, host: Host, expression: Any, head: str | None, task: Task, precision: str, penalty: Callable[[], Tensor | None] | None = None, trunk: Trunk | None = None) -> None:
         super().__init__()
         self.model = host.model
         self.__dict__["host"] = host
@@ -59,7 +59,7 @@ class Step(nn.Module):
         self.__dict__["penalty"] = penalty or (lambda: None)
         self.more: Mapping[str, Any] = {}
         """What the present step adds to the call's context."""
-        self.__dict__["trunk"] = None
+        self.trunk = trunk
         self.examples: tuple[int, ...] = ()
         """The present batch's numbers among the features, for the trunk."""
 
@@ -72,8 +72,7 @@ class Step(nn.Module):
         if self.precision == "bf16":
             autocast = torch.autocast(self.model.device.type, torch.bfloat16)
         with self.__dict__["host"].using(self.expression, head=self.head, **context_of(self.task, batch), **self.more) as model, autocast, targets_only(self.model, self.task, batch):
-            trunk: Trunk | None = self.__dict__["trunk"]
-            shorter = None if trunk is None else trunk.model(batch, self.examples)
+            shorter = None if self.trunk is None else self.trunk.model(batch, self.examples)
             outputs = (shorter or model)(**{key: batch[key] for key in self.task.keys if key in batch})
         if isinstance(outputs.get("logits"), Tensor):
             outputs["logits"] = outputs["logits"].float()  # losses are summed in float32
@@ -211,8 +210,7 @@ class ModuleTrainer(Trainer):
         self._bad: tuple[float, tuple[int, ...]] | None = None
         self._rows: tuple[int, ...] = ()
         self.rules = Rules(host, name, recipe.seed, args.max_steps)
-        self.step_module = Step(host, expression, head, task, recipe.precision, self._penalty)
-        self.step_module.__dict__["trunk"] = trunk
+        self.step_module = Step(host, expression, head, task, recipe.precision, self._penalty, trunk)
         hooks = _Hooks()
         super().__init__(
             model=self.step_module,
