@@ -118,3 +118,13 @@ def test_context_of_columns() -> None:
             with_context(task, features, rows)
     finally:
         Told.options.context = "task=corpus"
+
+
+def test_names_that_look_alike_have_files_of_their_own() -> None:
+    from pathlib import Path
+
+    from intarsia.train.loop import along_path
+
+    names = ("a/b", "a-b", "a:b", "a%2Fb", "kpelle", "ɛʋɛ")
+    assert len({along_path(Path("run"), name) for name in names}) == len(names)
+    assert all(along_path(Path("run"), name).parent == Path("run/along") for name in names)

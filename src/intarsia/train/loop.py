@@ -478,8 +478,9 @@ def _finish(
 
 
 def along_path(folder: Path, name: str) -> Path:
-    """Where a finished run has a module that was trained along."""
-    return folder / ALONG / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
+    """Where a finished run has a module that was trained along; two names never share a file."""
+    word = "".join(f"%{ord(c):02X}" if c in "%/:" else c for c in name)
+    return folder / ALONG / f"{word}.safetensors"
 
 
 def _draw(folder: Path, run: Run, name: str, task: Task) -> None:
