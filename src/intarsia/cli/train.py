@@ -293,12 +293,14 @@ def keys_of(kind: str, task: BaseTask[Any], table: Table, given: Mapping[str, An
     Raises:
         UsageError: it needs keys, and neither they nor a column are given.
     """
+    from intarsia.train.task import context_columns
+
     row = method_row(kind)
     key = "tasks" if "tasks" in row.defaults else "keys"
     if key not in row.defaults or given.get(key):
         return {}
     wanted = str(given.get("context", row.defaults["context"]))
-    columns = dict(pair.replace(" ", "").split("=", 1) for pair in task.options.context.split(",") if "=" in pair)
+    columns = context_columns(task.options.context)
     if wanted in columns and columns[wanted] in table.names:
         return {key: tuple(sorted(set(map(str, table[columns[wanted]]))))}
     if key == "tasks":

@@ -122,6 +122,21 @@ def context_of(task: Task, batch: Batch) -> dict[str, Any]:
     return {**batch.get(CONTEXT, {}), **({} if tell is None else dict(tell(batch)))}
 
 
+def context_columns(asked: str) -> dict[str, str]:
+    """The columns that a task's option `context` names, by key of the call's context: `task=corpus, lang=language`.
+
+    Raises:
+        UsageError: it is no list of key=column.
+    """
+    found: dict[str, str] = {}
+    for pair in asked.split(",") if asked else ():
+        key, equals, column = (part.strip() for part in pair.partition("="))
+        if not equals or not key.isidentifier() or key in found:
+            raise UsageError(f"the task's context={asked!r} is a list of KEY=COLUMN with different keys, e.g. task=corpus,lang=language")
+        found[key] = column
+    return found
+
+
 def with_context(task: Task, features: Sequence[Features], table: Rows) -> Sequence[Features]:
     """Features with what columns of the table say of their rows (the task's option `context`, e.g. `task=corpus, lang=language`).
 
@@ -132,10 +147,7 @@ def with_context(task: Task, features: Sequence[Features], table: Rows) -> Seque
     if not asked:
         return features
     columns: dict[str, Sequence[str]] = {}
-    for pair in asked.split(","):
-        key, equals, column = (part.strip() for part in pair.partition("="))
-        if not equals or not key.isidentifier() or key in columns:
-            raise UsageError(f"the task's context={asked!r} is a list of KEY=COLUMN with different keys, e.g. task=corpus,lang=language")
+    for key, column in context_columns(asked).items():
         names = list(table[0]) if len(table) else []
         if column not in names:
             raise UsageError(f"the task's context={asked!r}: the table has no column {column!r}{nearest(column, names)}; it has {listing(names)}")
