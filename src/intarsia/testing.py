@@ -125,8 +125,7 @@ def _check(method: Method, family: str, start: Start, tolerance: float, found: C
         gap = _gap(fresh, bare)
         law(start != "base" or torch.equal(fresh, bare), f"a fresh module is not the base, it differs by {gap:.3g}")
         law(start != "near" or gap < 0.2, f"a fresh module is not near the base, it differs by {gap:.3g} of the largest output")
-        parameters = host.parameters("a")
-        number = sum(p.numel() for p in {id(p): p for p in parameters.values()}.values())
+        number = host.size("a")
         law(host.count(method) == number, f"counted {host.count(method)} parameters beforehand, it has {number}")
         law(number > 0, "it trains nothing")
         found.taken[family] = number

@@ -152,7 +152,7 @@ def _trained(host: Host, task: Any, table: Any, job: Job) -> dict[str, Any]:
         save(result.module, path)
         stored = path.stat().st_size
     return {
-        "trainable": sum(p.numel() for p in {id(p): p for p in host.parameters("m").values()}.values()),
+        "trainable": host.size("m"),
         "stored": stored, "step_ms": round(1000 * statistics.median(clock.steps), 2), "peak_mib": None if peak is None else peak >> 20,
     }  # fmt: skip
 

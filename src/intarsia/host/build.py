@@ -50,6 +50,11 @@ class Built:
         """The trainable ones among `tensors`."""
         return {k: t for k, t in self.tensors().items() if isinstance(t, nn.Parameter)}
 
+    @property
+    def size(self) -> int:
+        """Number of trainable values; a tensor that has several names counts once."""
+        return sum(p.numel() for p in {id(p): p for p in self.parameters().values()}.values())
+
 
 def _collect(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:
     """Stored tensors of a module tree."""

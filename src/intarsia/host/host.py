@@ -169,7 +169,11 @@ class Host:
 
     def count(self, method: Method) -> int:
         """Exact number of trainable parameters of a method on this model, built on the meta device."""
-        return sum(p.numel() for p in {id(p): p for p in self._build(method, 0, meta=True).parameters().values()}.values())
+        return self._build(method, 0, meta=True).size
+
+    def size(self, name: str) -> int:
+        """Number of trainable values that a module on this host has; its rules may have changed what `count` foretold."""
+        return self._entry(name).built.size
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:

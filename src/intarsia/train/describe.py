@@ -84,7 +84,7 @@ def card_of(
         method=module.method.name,
         recipe=used,
         metrics=(*old.metrics, *metrics),
-        cost=Cost(round(run.seconds, 3), device_name(device), sum(p.numel() for p in {id(p): p for p in run.host.parameters(module.name).values()}.values()), module.nbytes),
+        cost=Cost(round(run.seconds, 3), device_name(device), run.host.size(module.name), module.nbytes),
         warnings=tuple(dict.fromkeys((*old.warnings, *run.warnings))),
     )
 

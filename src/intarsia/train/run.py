@@ -99,7 +99,7 @@ class Run:
     @property
     def trainable(self) -> int:
         """Parameters that are trained: those of the chosen entries, once they are chosen."""
-        return sum(p.numel() for p in {id(p): p for p in self.host.parameters(self.name).values()}.values())
+        return self.host.size(self.name)
 
     @property
     def seconds(self) -> float:
