@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 from intarsia import bases, tasks
@@ -74,21 +73,6 @@ def where(device: torch.device) -> str:
     """Machine and versions in a line."""
     found, number = machine(device), versions()
     return f"{found.get('processor', 'unknown')}, {torch.get_num_threads()} thread(s); " + ", ".join(f"{k} {number[k]}" for k in ("intarsia", "torch", "transformers") if k in number)
-
-
-def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, parameters of the model left out by the caller's choice."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(seen.values())
 
 
 def run_job(job: Job, data: Path, *, dev_only: bool = False) -> dict[str, Any]:

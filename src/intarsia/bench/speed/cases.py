@@ -11,7 +11,16 @@ import torch
 
 from intarsia.bench.speed.epochs import epochs
 from intarsia.bench.speed.pairs import Case, Pair, apart
-from intarsia.bench.speed.shapes import ALL, QUERY_VALUE, batch, bert, kept_for_backward, peft_and_ours, step
+from intarsia.bench.speed.shapes import (
+    ALL,
+    QUERY_VALUE,
+    answers_apart,
+    batch,
+    bert,
+    kept_for_backward,
+    peft_and_ours,
+    step,
+)
 from intarsia.host import Host
 
 
@@ -25,13 +34,8 @@ def _step(targets: str, dropout: float = 0.0, dora: bool = False, bytes_only: bo
     second, plain = bert(layers, like=first, dropout=dropout), bert(layers, like=first)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, lora_dropout=dropout, use_dora=dora)
     with peft_and_ours(first, second, config) as (wrapped, host, _):
-        wrapped.eval()
         second.eval()
-        with torch.no_grad():
-            wanted, bare = wrapped(**given).logits, second(**given).logits
-            with host.using("m"):
-                found = second(**given).logits
-        error, signal = apart(found, wanted), apart(bare, wanted)
+        error, signal = answers_apart(wrapped, host, given)
         wrapped.train(dropout > 0)
         second.train(dropout > 0)
         theirs = step(wrapped, given, (p for p in wrapped.parameters() if p.requires_grad))
@@ -62,33 +66,24 @@ def _bound(model: Any, given: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _mixed(rows: int = 64, length: int = 32, count: int = 64) -> Iterator[Pair]:
-    """A batch whose rows have `count` different LoRA modules, against peft's `adapter_names`."""
+def _mixed(against_base: bool = False, rows: int = 64, length: int = 32, count: int = 64) -> Iterator[Pair]:
+    """A batch whose rows have `count` different LoRA modules, against peft's `adapter_names` or the base alone."""
     with _many(count) as (wrapped, host, bare), torch.no_grad():
         given = {key: value for key, value in batch(rows, length).items() if key != "labels"}
         names = [f"m{i * 7 % count}" for i in range(rows)]
-        wanted = wrapped(**given, adapter_names=names).logits
 
         def ours() -> Any:
             with host.using(names) as model:
                 return model(**given).logits
 
-        base = bare(**given).logits
-        yield Pair(ours, lambda: wrapped(**given, adapter_names=names), apart(ours(), wanted), apart(base, wanted), bound=lambda: bare(**given))
+        def theirs() -> Any:
+            return wrapped(**given, adapter_names=names).logits
 
+        def alone() -> Any:
+            return bare(**given).logits
 
-@contextlib.contextmanager
-def _mixed_against_base(rows: int = 64, length: int = 32, count: int = 64) -> Iterator[Pair]:
-    """The same batch, against the base alone."""
-    with _many(count) as (_, host, bare), torch.no_grad():
-        given = {key: value for key, value in batch(rows, length).items() if key != "labels"}
-        names = [f"m{i * 7 % count}" for i in range(rows)]
-
-        def ours() -> Any:
-            with host.using(names) as model:
-                return model(**given).logits
-
-        yield Pair(ours, lambda: bare(**given), 0.0)
+        error, signal = apart(ours(), theirs()), apart(alone(), theirs())
+        yield Pair(ours, alone, error, signal) if against_base else Pair(ours, theirs, error, signal, bound=alone)
 
 
 @contextlib.contextmanager
@@ -161,8 +156,6 @@ def _small() -> Iterator[Pair]:
     second = bert(12, width=64, like=first).eval()
     given = {key: value for key, value in batch(2, 16).items() if key != "labels"}
     with peft_and_ours(first, second, LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_VALUE)) as (wrapped, host, _):
-        wrapped.eval()
-
         def theirs() -> Any:
             with torch.no_grad():
                 for _ in range(20):
@@ -176,9 +169,7 @@ def _small() -> Iterator[Pair]:
                         found = model(**given).logits
             return found
 
-        with torch.no_grad():
-            bare = second(**given).logits
-        yield Pair(ours, theirs, apart(ours(), theirs()), apart(bare, theirs()))
+        yield Pair(ours, theirs, *answers_apart(wrapped, host, given))
 
 
 @contextlib.contextmanager
@@ -186,12 +177,8 @@ def _switch(count: int = 300) -> Iterator[Pair]:
     """Which of many resident modules is active."""
     with _many(count, layers=2) as (wrapped, host, _):
         given = {key: value for key, value in batch(1, 4).items() if key != "labels"}
-        with torch.no_grad():
-            wrapped.set_adapter(f"m{count - 1}")
-            wanted = wrapped(**given).logits
-            with host.using(f"m{count - 1}") as model:
-                found = model(**given).logits
-            bare = host.model(**given).logits
+        wrapped.set_adapter(f"m{count - 1}")
+        error, signal = answers_apart(wrapped, host, given, f"m{count - 1}")
 
         def ours() -> None:
             for number in range(20):
@@ -202,7 +189,7 @@ def _switch(count: int = 300) -> Iterator[Pair]:
             for number in range(20):
                 wrapped.set_adapter(f"m{number * 37 % count}")
 
-        yield Pair(ours, theirs, apart(found, wanted), apart(bare, wanted))
+        yield Pair(ours, theirs, error, signal)
 
 
 @contextlib.contextmanager
@@ -234,16 +221,12 @@ def _load() -> Iterator[Pair]:
 
         wrapped.load_adapter(folder, adapter_name="check")
         wrapped.set_adapter("check")
-        wrapped.eval()
         host.insert(load(path), name="check")
-        with torch.no_grad():
-            wanted, bare = wrapped(**given).logits, host.model(**given).logits
-            with host.using("check") as model:
-                found = model(**given).logits
+        error, signal = answers_apart(wrapped, host, given, "check")
         wrapped.set_adapter("default")
         wrapped.delete_adapter("check")
         host.remove("check")
-        yield Pair(ours, theirs, apart(found, wanted), apart(bare, wanted))
+        yield Pair(ours, theirs, error, signal)
 
 
 @contextlib.contextmanager
@@ -304,7 +287,7 @@ CASES = {
         Case("last-two", "5 epochs of LoRA in the last 2 of 12 blocks, the same", "peft under the Trainer, defaults", 0.25,
              partial(epochs, 128, 5, range(10, 12)), rounds=3),
         Case("mixed-64", "a batch of 64 rows with 64 modules", "peft, adapter_names", 0.78, _mixed),
-        Case("mixed-64-base", "a batch of 64 rows with 64 modules", "the base alone", 1.12, _mixed_against_base),
+        Case("mixed-64-base", "a batch of 64 rows with 64 modules", "the base alone", 1.12, partial(_mixed, True)),
         Case("load", "from a file to an active module and off again, checks included", "peft, load_adapter", 0.10, _load),
         Case("switch-300", "switch among 300 resident modules (with 1,000, peft takes minutes to be set up)", "peft, set_adapter", 0.03, _switch),
         Case("fold", "fold one module into the weights, and back", "peft, merge and unmerge", 0.28, _fold, rounds=5),

@@ -11,8 +11,8 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -64,7 +64,6 @@ class Case:
     make: Callable[[], contextlib.AbstractContextManager[Pair]]
     unit: Unit = "time"
     rounds: int = 7
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure(case: Case, rounds: int | None = None) -> dict[str, Any]:

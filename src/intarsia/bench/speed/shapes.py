@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from intarsia.bench.speed.pairs import apart
 from intarsia.host import Host
 from intarsia.modules import Module
 from intarsia.sites import fingerprint, resolve
@@ -64,6 +65,16 @@ def peft_and_ours(model: Any, twin: Any, config: Any, name: str = "m") -> Iterat
         yield wrapped, host, module
     finally:
         host.close()
+
+
+def answers_apart(wrapped: Any, host: Host, given: Mapping[str, Tensor], name: str = "m") -> tuple[float, float]:
+    """How far the two sides' answers are apart, and how far the base's would be."""
+    wrapped.eval()
+    with torch.no_grad():
+        wanted, bare = wrapped(**given).logits, host.model(**given).logits
+        with host.using(name) as model:
+            found = model(**given).logits
+    return apart(found, wanted), apart(bare, wanted)
 
 
 def step(model: Any, given: Mapping[str, Tensor], parameters: Any, using: Callable[[], Any] = contextlib.nullcontext) -> Callable[[], Tensor]:
