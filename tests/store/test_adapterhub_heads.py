@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from intarsia.errors import ModuleError
 from intarsia.host import Host
 from intarsia.methods import build
 from intarsia.modules import Module
-from intarsia.patches import Biaffine, Head, LanguageModelHead
+from intarsia.patches import Add, Biaffine, Head, LanguageModelHead
 from intarsia.store.convert import read_adapterhub, write_adapterhub
 from tests import zoo
 from tests.host.kit import disturb, run
@@ -104,7 +105,11 @@ def test_the_head_of_a_model_class(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model(**given).logits, load_file(folder / "reference.safetensors")["logits"], atol=1e-5, rtol=0)
     write_adapterhub(module, tmp_path / "out", sites=host.sites, model_type="bert", weights=state, config=model.config)
     theirs, ours = (load_file(p / "model_head.safetensors") for p in (folder, tmp_path / "out"))
-    assert theirs.keys() == ours.keys() and all(torch.allclose(t, ours[key], atol=1e-6) for key, t in theirs.items())
+    assert theirs.keys() == ours.keys() and all(torch.equal(t, ours[key]) for key, t in theirs.items())
+    patches = tuple(replace(p, op=Add(0.5)) if p.tag == "head" else p for p in module.method.patches)  # a scale counts
+    write_adapterhub(replace(module, method=replace(module.method, patches=patches)), tmp_path / "half", sites=host.sites, model_type="bert", weights=state, config=model.config)
+    half = load_file(tmp_path / "half" / "model_head.safetensors")
+    assert all(torch.allclose(half[key], (state[key] + t) / 2, atol=1e-6) for key, t in theirs.items())
     raws = [json.loads((p / "head_config.json").read_text()) for p in (folder, tmp_path / "out")]
     assert all(raws[0][key] == raws[1][key] for key in ("config", "name", "num_labels", "label2id", "model_class"))
     assert "weights=" in read_adapterhub(folder, **common)[1].left_out[0]

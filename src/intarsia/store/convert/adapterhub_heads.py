@@ -27,6 +27,7 @@ from intarsia.store.convert.adapterhub_kinds import ACTIVATIONS, Reading, activa
 from intarsia.store.convert.folder import as_float, json_bytes, read_config, read_tensors, tensor_bytes
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece
+from intarsia.store.convert.values import base_value, change_at
 
 HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
 #: classes with exchangeable heads by model type, and where they pool
@@ -167,12 +168,8 @@ def _read_static(reading: Reading, folder: Path, raw: Mapping[str, Any], allow_p
         place = paths.split(key)
         assert place is not None
         site = paths.weight(*place)
-        old = weights.get(f"{site.path}.{site.param}")
-        if old is None or old.shape != value.shape:
-            raise ModuleError(f"weights has no {site.path}.{site.param} of shape {tuple(value.shape)}; give model.state_dict() of the model whose sites these are")
-        change = value - as_float(old.detach().cpu())
-        change = change.T if site.transposed and change.dim() == 2 else change
-        reading.pieces.append(Piece(site.name, "saved", Matrix(), Add(), "weight", {"factor.value": change.contiguous()}, "head"))
+        change = change_at(site, value, base_value(weights, site, value))
+        reading.pieces.append(Piece(site.name, "saved", Matrix(), Add(), "weight", {"factor.value": change}, "head"))
         reading.carried += 1
     return None, []
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from intarsia.errors import ModuleError, listing
 from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
-from intarsia.patches import Affine, Attend, Const, Dense, Gated, Matrix, Mul, Renorm, SubspaceEdit, Tokens
+from intarsia.patches import Add, Affine, Attend, Const, Dense, Gated, Matrix, Mul, Renorm, SubspaceEdit, Tokens
 from intarsia.sites.address import SiteMap
 from intarsia.store.convert.adapterhub import CONFIG, WEIGHTS
 from intarsia.store.convert.adapterhub_heads import static_head, written_head
@@ -26,6 +26,7 @@ from intarsia.store.convert.adapterhub_write_lora import loras, scales
 from intarsia.store.convert.adapterhub_write_soft import prefixes, prompts, refts
 from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.report import Report
+from intarsia.store.convert.values import base_value, value_at
 
 VERSION = "adapters.1.3.0"
 Writer = Callable[[Writing, Sequence[Item]], tuple[Fields, dict[str, Tensor]]]
@@ -113,7 +114,7 @@ def _places(module: Module, sites: SiteMap) -> tuple[dict[tuple[str, Patch], dic
 
 def _of_class(patch: Patch) -> bool:
     """Whether a patch is the head of a model class, as changes of its parameters."""
-    return patch.port == "weight" and patch.tag == "head" and isinstance(patch.form, Matrix) and isinstance(patch.form.factor, Dense)
+    return patch.port == "weight" and patch.tag == "head" and isinstance(patch.form, Matrix) and isinstance(patch.form.factor, Dense) and isinstance(patch.op, Add)
 
 
 def _heads(
@@ -132,11 +133,13 @@ def _heads(
             files, reason = written_head(patch, tensors, str(document["model_type"]), str(document["name"]), rows, config)
             count += len(tensors) if files else 0
         elif _of_class(patch):
-            change, param = tensors["factor.value"], f"{sites[site].path}.{sites[site].param}"
+            place = sites[site]
+            param = f"{place.path}.{place.param}"
             if weights is None:
                 reason = f"{param} is stored as its new value, and a module holds its change: give weights=model.state_dict()"
             else:
-                own[param] = weights[param].detach().cpu().float() + (change.T if sites[site].transposed and change.dim() == 2 else change)
+                assert isinstance(patch.op, Add)
+                own[param] = value_at(place, tensors["factor.value"] * patch.op.scale, base_value(weights, place))
         if reason:
             left_out.append(f"the head ({len(tensors)} tensors): {reason}")
     if own:

@@ -154,9 +154,3 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 def as_float(tensor: Tensor) -> Tensor:
     """At least single precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def exact_change(value: Tensor, old: Tensor) -> Tensor:
-    """`value - old`, in double precision where a single one would not give the value back when it is added again."""
-    change = value - old
-    return change if torch.equal(old + change, value) else value.double() - old.double()

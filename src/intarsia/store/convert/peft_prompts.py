@@ -26,9 +26,10 @@ from intarsia.errors import ModuleError, listing
 from intarsia.methods.method import Patch
 from intarsia.patches import Add, Attend, Concat, Matrix, Tokens
 from intarsia.sites.address import Site, SiteMap
-from intarsia.store.convert.folder import as_float, exact_change
+from intarsia.store.convert.folder import as_float
 from intarsia.store.convert.peft_config import Config
 from intarsia.store.convert.pieces import Piece
+from intarsia.store.convert.values import base_value, exact_change
 
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "CPT", *PREFIXES)
@@ -116,9 +117,9 @@ def _projected(sites: SiteMap, weights: Mapping[str, Tensor] | None, name: str, 
     site = sites[f"{name}.weight"]
     if site.view is not None:
         raise ModuleError(f"{site.name} is a part of a fused projection; LLaMA-Adapters of such models are not read")
-    found = tokens @ as_float(weights[f"{site.path}.{site.param}"].detach().cpu()).T
+    found = tokens @ base_value(weights, site).T
     bias = f"{name}.bias"
-    return found + as_float(weights[f"{sites[bias].path}.{sites[bias].param}"].detach().cpu()) if bias in sites else found
+    return found + base_value(weights, sites[bias]) if bias in sites else found
 
 
 def _memories(sites: SiteMap) -> list[Site]:
@@ -268,7 +269,7 @@ class Positions:
             self.notes.append(f"peft also moves the tokens' positions by {length}; here they stay, so outputs of models with positions differ; give model= to make up for it")
         elif name in sites and weights is not None:
             self.table = sites[name]
-            self._rows = as_float(weights[f"{self.table.path}.{self.table.param}"].detach().cpu())
+            self._rows = base_value(weights, self.table)
         else:
             self.notes.append(f"peft also moves the tokens' positions by {length}, and this model's cannot be moved; so outputs differ")
 

@@ -19,7 +19,7 @@ from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Diag, FormSpec, LowRank, Matrix, OpSpec, Rot, Sparse
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.folder import as_float, exact_change, read_config, read_tensors, sound
+from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
 from intarsia.store.convert.peft_heads import of_heads, read_head
@@ -29,6 +29,7 @@ from intarsia.store.convert.peft_origin import kept
 from intarsia.store.convert.peft_prompts import EMBEDDINGS, PROMPTS, read_adaption, read_prompt
 from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
+from intarsia.store.convert.values import base_value, change_at, exact_change
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -293,7 +294,7 @@ def _read_rows(reading: _Reading, path: str, rows: Tensor, chosen: object) -> No
     if len(index.unique()) != len(index) or tuple(rows.shape) != (len(index), width):
         raise ModuleError(f"{path}.{ROWS} has shape {tuple(rows.shape)}; {len(chosen)} different rows of {width} are expected")
     index, order = index.sort()
-    change = exact_change(rows[order], as_float(reading.weights[f"{site.path}.{site.param}"].detach().cpu())[index])
+    change = exact_change(rows[order], base_value(reading.weights, site)[index])
     flat = (index[:, None] * width + torch.arange(width)).flatten()
     form = Matrix(Sparse(max(len(index), 1) / site.shape[0]))
     reading.pieces.append(Piece(site.name, "rows", form, Add(), "weight", sparse_leaves(flat, change.flatten(), site.shape[0] * width)))
@@ -315,16 +316,10 @@ def _read_value(reading: _Reading, path: str, param: str, value: Tensor) -> None
             f"{path}.{param} {tuple(value.shape)}: peft stores its new value and a module its change; give weights=model.state_dict() to carry it"
         )
         return
-    old = reading.weights.get(f"{site.path}.{site.param}")
-    if old is None:
-        raise ModuleError(f"weights has no {site.path}.{site.param}; give model.state_dict() of the model whose sites these are")
-    if old.shape != value.shape:
-        raise ModuleError(f"{path}.{param} has shape {tuple(value.shape)}, the base's has {tuple(old.shape)}")
-    change = exact_change(value, as_float(old.detach().cpu()))
+    change = change_at(site, value, base_value(reading.weights, site, value))
     reading.carried += 1
     if not change.any():
         return
-    change = change.T if site.transposed and change.dim() == 2 else change
     tag = "norm" if path.split(".")[-1] in (reading.config.get("target_modules") or ()) and reading.config.kind == "LN_TUNING" else ""
     saved = path.split(".")[-1] in (reading.config.get("modules_to_save") or ())
     name = "norm" if tag else "saved" if saved else "bias"

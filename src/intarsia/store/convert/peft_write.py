@@ -46,6 +46,7 @@ from intarsia.store.convert.peft_prompts import write_prompt
 from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, framed, with_sides
 from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS, assemble
 from intarsia.store.convert.report import Report
+from intarsia.store.convert.values import value_at
 
 #: what peft saves and expects with each task class
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -524,7 +525,7 @@ def _new_value(writing: _Writing, path: str, param: str) -> Tensor | None:
     site, change = writing.values[place]
     if site.view is not None or old is None:
         raise ModuleError(f"{site.name}: a part of a fused parameter, or one that weights= does not have, is not written")
-    return (old + (change.T if site.transposed and change.dim() == 2 else change)).to(old.dtype)
+    return value_at(site, change, old)
 
 
 def _values(writing: _Writing, kind: str, layers: Mapping[str, Written], fields: Fields) -> dict[str, Tensor]:

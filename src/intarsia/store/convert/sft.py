@@ -29,6 +29,7 @@ from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pickled import read_pickled
 from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
+from intarsia.store.convert.values import base_value, change_at, value_at
 
 KIND = "sparse difference"
 
@@ -146,13 +147,9 @@ def _read_value(reading: _Reading, param: str, value: Tensor) -> None:
     if reading.weights is None:
         reading.left_out.append(f"{param} {tuple(value.shape)}: its new value is stored and a module holds its change; give weights=model.state_dict() to carry it")
         return
-    old = reading.weights.get(f"{site.path}.{site.param}")
-    if old is None or old.shape != value.shape:
-        raise ModuleError(f"weights has no {site.path}.{site.param} of shape {tuple(value.shape)}; give model.state_dict() of the model whose sites these are")
+    change = change_at(site, value, base_value(reading.weights, site, value))
     reading.carried += 1
-    change = value - as_float(old.detach().cpu())
-    change = change.T if site.transposed and change.dim() == 2 else change
-    reading.pieces.append(Piece(site.name, "saved", Matrix(), Add(), "weight", {"factor.value": change.contiguous()}, "head"))
+    reading.pieces.append(Piece(site.name, "saved", Matrix(), Add(), "weight", {"factor.value": change}, "head"))
 
 
 def _site(paths: Paths, param: str) -> Site:
@@ -195,14 +192,13 @@ def write_sft(
             index, shape = module.tensors[key.removesuffix("values") + "index"], canonical_shape(site)
             tensor = torch.zeros(prod(shape), dtype=tensor.dtype).scatter(0, index.long(), tensor).view(shape)
         change = as_float(tensor) * patch.op.scale
-        change = change.T if site.transposed and change.dim() == 2 else change
         param = f"{site.path}.{site.param}"
         if patch.tag != "head":
-            diffs[param] = _difference(change)
-        elif weights is None or param not in weights:
+            diffs[param] = _difference(change.T if site.transposed and change.dim() == 2 else change)
+        elif weights is None:
             raise ModuleError(f"{param}: composable-sft stores its new value and a module its change; give weights=model.state_dict()")
         else:
-            absolute[param] = (as_float(weights[param].detach().cpu()) + change).contiguous()
+            absolute[param] = value_at(site, change, base_value(weights, site)).contiguous()
     for what, there in (("label names", module.labels), ("the context", module.context), ("required modules", module.requires)):
         if there:
             left_out.append(f"{what} ({listing(map(str, there), 4)}): the file has no place for it")
