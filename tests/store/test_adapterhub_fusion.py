@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,8 @@ def test_a_fusion_alone(tmp_path: Path) -> None:
     assert any("add-and-norm" in note for note in report.notes)
     write_fusion(module, tmp_path / "out", sites=host.sites, model_type="bert")
     assert read_fusion(tmp_path / "out", sites=host.sites, base=host.fingerprint)[0] == module
+    said = write_fusion(replace(module, context={"language": "sw"}), tmp_path / "said", sites=host.sites, model_type="bert")
+    assert len(said.left_out) == 1 and "the context" in said.left_out[0]
     with pytest.raises(ModuleError, match="is none of"):
         read_fusion(folder, sites=host.sites, base=host.fingerprint, members={"x": module})
     bad = copied_to(folder, tmp_path / "bad")

@@ -46,7 +46,7 @@ from intarsia.store.convert.folder import (
 )
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
-from intarsia.store.convert.report import Report
+from intarsia.store.convert.report import Report, beside
 
 WEIGHTS, PICKLE = "model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"
 _LEAVES = {"query.weight": "scorer.query", "query.bias": "scorer.query_bias", "key.weight": "scorer.key", "key.bias": "scorer.key_bias", "value.weight": "value"}
@@ -162,7 +162,7 @@ def write_fusion(module: Module, folder: str | os.PathLike[str], *, sites: SiteM
                 "version": VERSION}  # fmt: skip
     write_folder(folder, {FUSION: json_bytes(document), WEIGHTS: tensor_bytes(stored), "README.md": module.card.to_markdown().encode()})
     note = "adapters' fusion reads with its query what its last member reads, and has the model's attention dropout"
-    return Report(module.name, "fusion", len(stored), notes=(note,))
+    return Report(module.name, "fusion", len(stored), tuple(beside(module, module.labels, "the files have no place for it")), (note,))
 
 
 def _written(writing: Writing, module: Module, patch: Patch, form: Router) -> dict[str, Tensor]:

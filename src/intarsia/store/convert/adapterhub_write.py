@@ -25,7 +25,7 @@ from intarsia.store.convert.adapterhub_write_bottleneck import bottlenecks, shar
 from intarsia.store.convert.adapterhub_write_lora import loras, scales
 from intarsia.store.convert.adapterhub_write_soft import prefixes, prompts, refts
 from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
-from intarsia.store.convert.report import Report
+from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import base_value, value_at
 
 VERSION = "adapters.1.3.0"
@@ -81,9 +81,7 @@ def write_adapterhub(
     if writing.tied or not parts:
         what = f"{listing(writing.tied)}: shared by all sites; take the module with host.extract(name, flatten=True)" if writing.tied else "it holds nothing but a head"
         raise ModuleError(f"{module.name!r} is not written: {what}")
-    for what, there in (("the context", module.context), ("required modules", module.requires)):
-        if there:
-            left_out.append(f"{what} ({listing(map(str, there), 4)}): the files have no place for it")
+    left_out += beside(module, None, "the files have no place for it")
     if module.labels and not files:
         left_out.append(f"label names ({listing(module.labels, 4)}): they are the head's, and it is left out")
     document["config"] = parts[0] if len(parts) == 1 else {"architecture": "union", "configs": parts}

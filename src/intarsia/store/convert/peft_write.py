@@ -45,7 +45,7 @@ from intarsia.store.convert.peft_origin import narrowed, origin, same_file
 from intarsia.store.convert.peft_prompts import write_prompt
 from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, framed, with_sides
 from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS, assemble
-from intarsia.store.convert.report import Report
+from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import value_at
 
 #: what peft saves and expects with each task class
@@ -149,9 +149,7 @@ def write_peft(
         earlier = {**before, "task_type": task_type, "base_model_name_or_path": base_name}
         config = earlier if _gives(earlier, tensors, module, sites, weights, model) else config
     labels = None if module.labels == tuple(f"LABEL_{i}" for i in range(len(module.labels or ()))) else module.labels
-    for what, there in (("label names", labels), ("the context", module.context), ("required modules", module.requires)):
-        if there:
-            writing.left_out.append(f"{what} ({listing(map(str, there), 4)}): peft's files have no place for it")
+    writing.left_out += beside(module, labels, "peft's files have no place for it")
     write_folder(folder, {CONFIG: json_bytes(config), WEIGHTS: tensor_bytes(tensors), "README.md": module.card.to_markdown().encode()})
     return Report(module.name, str(config["peft_type"]), len(tensors), tuple(writing.left_out), tuple(writing.notes))
 

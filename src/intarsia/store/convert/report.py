@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from intarsia.errors import listing
+from intarsia.modules.module import Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +36,13 @@ class Report:
         lines = [f"{self.source}: {self.kind}, {self.carried} tensors carried"]
         lines += [f"  left out: {what}" for what in self.left_out]
         return "\n".join([*lines, *(f"  note: {what}" for what in self.notes)])
+
+
+def beside(module: Module, labels: Sequence[str] | None, reason: str) -> list[str]:
+    """What a module says beside its tensors and a peer's files do not hold, one sentence each for `left_out`.
+
+    Args:
+        labels: its label names, if they are lost too.
+    """
+    found = (("label names", labels), ("the context", module.context), ("required modules", module.requires))
+    return [f"{what} ({listing(map(str, there), 4)}): {reason}" for what, there in found if there]

@@ -28,7 +28,7 @@ from intarsia.store.convert.folder import as_float, checked, sound, write_folder
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pickled import read_pickled
 from intarsia.store.convert.pieces import Piece, sparse_leaves, together
-from intarsia.store.convert.report import Report
+from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import base_value, change_at, value_at
 
 KIND = "sparse difference"
@@ -199,9 +199,7 @@ def write_sft(
             raise ModuleError(f"{param}: composable-sft stores its new value and a module its change; give weights=model.state_dict()")
         else:
             absolute[param] = value_at(site, change, base_value(weights, site)).contiguous()
-    for what, there in (("label names", module.labels), ("the context", module.context), ("required modules", module.requires)):
-        if there:
-            left_out.append(f"{what} ({listing(map(str, there), 4)}): the file has no place for it")
+    left_out += beside(module, module.labels, "the file has no place for it")
     buffer = io.BytesIO()
     torch.save({"diffs": diffs, "abs": absolute}, buffer)
     write_folder(folder, {DIFF: buffer.getvalue(), "README.md": module.card.to_markdown().encode()})
