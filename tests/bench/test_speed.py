@@ -52,10 +52,12 @@ def test_the_page_says_what_is_missed_and_what_was_not_measured(tmp_path: Path) 
         {"case": "lora-qv", "unit": "time", "ratio": 0.9, "low": 0.8, "high": 1.0, "ours": 0.9, "theirs": 1.0, "on": "here"},
         {"case": "fold", "unit": "time", "ratio": 3.0, "low": 2.0, "high": 4.0, "ours": 3.0, "theirs": 1.0, "on": "here"},
         {"case": "no longer there", "unit": "time"},
+        {"case": "load", "failed": "ValueError: no\nmore"},
     ]
     write(lines, tmp_path / "speed.md")
     text = (tmp_path / "speed.md").read_text()
-    assert f"Missed: {CASES['fold'].work}." in text and "| met |" in text and text.count("not measured") == len(CASES) - 2
+    assert f"Missed: {CASES['fold'].work}." in text and "| met |" in text and text.count("not measured") == len(CASES) - 3
+    assert "| failed: ValueError: no |" in text
     assert (tmp_path / "speed.csv").read_text().count("\n") == 3 and (tmp_path / "speed.png").stat().st_size > 1000
     assert set(newest(lines)) == {"lora-qv", "fold"}
 

@@ -186,8 +186,8 @@ def current(line: Mapping[str, Any]) -> bool:
     return line.get("set") == settings_of(str(line["task"]), str(line["method"]))
 
 
-class Results:
-    """One line of JSON per job in one file; a torn last line (a killed run) is cut off."""
+class Lines:
+    """One line of JSON per measurement in one file; a torn last line (a killed run) is cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -212,6 +212,19 @@ class Results:
                     raise DataError(f"{self.path}, line {number}: not a result") from None
         return found
 
+    def append(self, values: Mapping[str, object]) -> None:
+        """Append a line and see it on the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps(values, sort_keys=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Results(Lines):
+    """The lines of `bench learn`, one per job."""
+
     def done(self) -> set[Job]:
         """The jobs that are in the file; one that failed, or was run with other settings (`SET`), is not done."""
         return {Job.of(line) for line in self.read() if "failed" not in line and current(line)}
@@ -227,10 +240,5 @@ class Results:
         return len(lines) - len(kept)
 
     def add(self, job: Job, values: dict[str, object]) -> None:
-        """Append a line and see it on the disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if torn else "") + json.dumps({**asdict(job), **values}, sort_keys=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append a job's line."""
+        self.append({**asdict(job), **values})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,7 @@ def speed(console: Console, results: Out = Path("speed.jsonl"), only: Only = Non
         raise UsageError('bench speed compares with peft, which is not installed: pip install "intarsia[peft]"')
     import torch
 
+    from intarsia.bench.jobs import Lines
     from intarsia.bench.learn import where
     from intarsia.bench.speed import CASES, measure
     from intarsia.bench.speed.page import write
@@ -40,21 +40,19 @@ def speed(console: Console, results: Out = Path("speed.jsonl"), only: Only = Non
         if name not in CASES:
             raise UsageError(f"no case {name!r}{nearest(name, CASES)} known: {listing(CASES, 40)}")
     torch.set_num_threads(threads)
-    lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
-    done = {line["case"] for line in lines if "failed" not in line}
+    kept = Lines(results)
+    done = {line.get("case") for line in kept.read() if "failed" not in line}
     for name in names:
         if name in done:
             continue
         try:
-            line = {**measure(CASES[name], rounds), "at": now(), "on": where(torch.device("cpu"))}
+            line = measure(CASES[name], rounds)
             console.note(f"{name}: {line['ratio']:.3g} [{line['low']:.3g}-{line['high']:.3g}], target {line['target']:g}")
         except (IntarsiaError, RuntimeError, ValueError, TypeError) as error:  # one case's fault must not cost the others
-            console.note(f"{name}: {type(error).__name__}: {str(error)[:200]}")
-            continue
-        lines.append(line)
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            line = {"case": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            console.warn(f"{name}: {line['failed']}")
+        kept.append({**line, "at": now(), "on": where(torch.device("cpu"))})
+    lines = kept.read()
     if table is not None:
         write(lines, table)
     console.result({"results": str(results), "cases": len(lines)}, lambda: console.line(f"{results} holds {len(lines)} results"))

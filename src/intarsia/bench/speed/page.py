@@ -23,8 +23,8 @@ frozen model whose gradient goes down to the first block, which no method at all
 
 
 def newest(lines: Sequence[Line]) -> dict[str, Line]:
-    """The last line of every case."""
-    return {str(line["case"]): line for line in lines if line["case"] in CASES}
+    """The last measurement of every case."""
+    return {str(line["case"]): line for line in lines if line["case"] in CASES and "failed" not in line}
 
 
 def write(lines: Sequence[Line], path: Path) -> None:
@@ -33,9 +33,11 @@ def write(lines: Sequence[Line], path: Path) -> None:
     text = HEAD + f"Measured on: {'; '.join(sorted({str(line['on']) for line in found.values()}))}.\n\n"
     text += f"![ratios]({path.stem}.png)\n\n"
     text += "| work | against | ratio | range | target | | bound | ours | theirs |\n|---|---|---|---|---|---|---|---|---|\n"
+    failed = {str(line["case"]): str(line["failed"]).splitlines()[0] for line in lines if "failed" in line}
     for name, case in CASES.items():
         if name not in found:
-            text += f"| {case.work} | {case.against} | not measured | | {case.target:g} | | | | |\n"
+            why = f"failed: {failed[name]}" if name in failed else "not measured"
+            text += f"| {case.work} | {case.against} | {why} | | {case.target:g} | | | | |\n"
             continue
         line = found[name]
         met = "met" if line["ratio"] <= case.target else "**missed**"
