@@ -1,4 +1,4 @@
-"""`read_adapterhub`: a folder written by AdapterHub's `adapters` (1.x) as a module: adapters, LoRA, (IA)^3, prefixes, ReFT, tagging heads.
+"""`read_adapterhub`: a folder written by AdapterHub's `adapters` (1.x) as a module.
 
 With h the sub-layer's output and x its skip connection, a bottleneck there is one of ours at the same place:
 
@@ -10,15 +10,15 @@ With h the sub-layer's output and x its skip connection, a bottleneck there is o
 | `residual_before_ln=False` | its own skip connection is what it reads |
 | `original_ln_after=False` behind `original_ln_before` | at the layer norm's output |
 
-Prefixes, ReFT and hypercomplex layers (Compacter) are in `adapterhub_kinds.py`.  What has no equal here (invertible adapters,
-prompts behind the embedding norm) is refused by name.
+LoRA and its kin are in `adapterhub_lora.py`, heads in `adapterhub_heads.py`, all else (prefixes, prompts, ReFT, invertible adapters,
+hypercomplex layers) in `adapterhub_kinds.py`.  What has no equal here is refused by name.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.adapterhub_heads import HEAD_CONFIG, read_head
 from intarsia.store.convert.adapterhub_kinds import (
     Reading,
+    Slots,
     activation,
     hypercomplex,
     invertible,
     prefixes,
     prompts,
     refts,
+    site_at,
 )
 from intarsia.store.convert.adapterhub_legacy import modern, renamed
 from intarsia.store.convert.adapterhub_lora import loras
@@ -51,7 +53,7 @@ from intarsia.store.convert.report import Report
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 
 #: where bottlenecks hang, by the end of the key in front of `.adapters.NAME.`: our sub-layer
-SLOTS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
+SLOTS: Slots = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
     (r"encoder\.layer\.(\d+)\.attention\.output", "{}.attn"),
     (r"encoder\.layer\.(\d+)\.output", "{}.ffn"),
     (r"(?:h|layers|transformer\.layer)\.(\d+)\.attention_adapters", "{}.attn"),
@@ -161,20 +163,13 @@ def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
         "factorized_phm_rule": "factorised rules of hypercomplex layers are not read",
     }  # fmt: skip
     for key, reason in refused.items():
-        if config.get(key) and (config.get("phm_layer") or not key.endswith(("phm", "phm_rule"))):
+        if config.get(key) and config.get("phm_layer"):
             raise ModuleError(f"{source}: {key}={config[key]!r}: {reason}")
 
 
 def site_of(reading: Reading, slot: str) -> Site:
     """The sub-layer that a key's front part names."""
-    for pattern, site in SLOTS:
-        found = pattern.fullmatch(slot)
-        if found:
-            name = site.format(*found.groups())
-            if name not in reading.sites:
-                raise ModuleError(f"{slot} would be {name}, which {reading.sites.model} lacks; is this the model it was trained on?")
-            return reading.sites[name]
-    raise ModuleError(f"{slot}.adapters: no sub-layer is known by this path")
+    return site_at(reading, SLOTS, slot, "adapters")
 
 
 def _bottlenecks(reading: Reading, config: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from intarsia.errors import ModuleError, listing, nearest
 from intarsia.methods.method import Patch
 from intarsia.patches import Add, Head, LanguageModelHead, Matrix, Replace
-from intarsia.store.convert.adapterhub_kinds import ACTIVATIONS, Reading, activation
+from intarsia.store.convert.adapterhub_kinds import THEIRS, Reading, activation
 from intarsia.store.convert.folder import as_float, json_bytes, read_config, read_tensors, tensor_bytes
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece
@@ -46,7 +46,6 @@ _NOT: Mapping[str, str] = {
     "image_classification": "no task here is about images",
     "dependency_parsing": "words are means of their pieces there, the root is the first token and no layers stand before the products",
 }  # fmt: skip
-_THEIRS = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "silu"}
 Found = tuple[tuple[str, ...] | None, list[str]]
 
 
@@ -211,7 +210,7 @@ def _labelled(form: Head, tensors: dict[str, Tensor], pooling: str) -> tuple[dic
         return {}, {}, f"it pools by {form.pooling!r}, and adapters' classes for this model at the {pooling or 'end-of-text'} token"
     if form.pooling == "token" and form.problem != "single":
         return {}, {}, f"adapters has no head over every token for the problem {form.problem!r}"
-    if form.activation not in _THEIRS:
+    if form.activation not in THEIRS:
         return {}, {}, f"adapters has no activation like {form.activation!r}"
     first = "hidden.0." if form.layers > 1 else ""
     ours = dict(tensors)
@@ -219,7 +218,7 @@ def _labelled(form: Head, tensors: dict[str, Tensor], pooling: str) -> tuple[dic
         weight = ours[f"{first}weight"] * ours.pop("scale")
         ours |= {f"{first}weight": weight, f"{first}bias": ours[f"{first}bias"] - weight @ ours.pop("mean")}
     kind = {"token": "tagging"}.get(form.pooling, "multilabel_classification" if form.problem == "multi" else "classification")
-    theirs = _THEIRS[form.activation] if form.layers > 1 else "tanh"
+    theirs = THEIRS[form.activation] if form.layers > 1 else "tanh"
     step = 3 if theirs else 2
     found = {f"{1 + step * i}.{leaf}": ours[f"hidden.{i}.{leaf}"] for i in range(form.layers - 1) for leaf in ("weight", "bias")}
     found |= {f"{1 + step * (form.layers - 1)}.{leaf}": ours[leaf] for leaf in ("weight", "bias")}
@@ -241,12 +240,12 @@ def _vocabulary(
         return {}, {}, f"it scales what it reads by {form.scale:g}, adapters' class by {scale:g}"
     if form.dense != form.norm and form.norm:
         return {}, {}, "it has a norm without a dense layer, which adapters' heads have not"
-    if form.dense and form.activation not in _THEIRS:
+    if form.dense and form.activation not in THEIRS:
         return {}, {}, f"adapters has no activation like {form.activation!r}"
     epsilon = float(getattr(config, "layer_norm_eps", 1e-12))
     if form.norm and epsilon != form.epsilon:
         return {}, {}, f"its norm has the epsilon {form.epsilon:g}, adapters' the model's {epsilon:g}" + ("" if config is not None else " (give config=model.config)")
-    theirs = _THEIRS[form.activation] if form.dense else None
+    theirs = THEIRS[form.activation] if form.dense else None
     found: dict[str, Tensor] = {"0.weight": tensors["dense"], "0.bias": tensors["dense_bias"]} if form.dense else {}
     number = (1 + bool(theirs)) if form.dense else 0
     if form.norm:

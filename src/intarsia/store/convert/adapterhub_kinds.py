@@ -26,15 +26,21 @@ from intarsia.store.convert.pieces import Piece
 
 ACTIVATIONS: Mapping[str | None, str] = {"relu": "relu", "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_new", "tanh": "tanh",
                                          "leakyrelu": "leakyrelu", None: "identity"}  # fmt: skip
+#: their name of each of ours
+THEIRS: Mapping[str, str | None] = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "silu"}
 #: sets of prefixes by our attention memories
 PREFIX_SETS: Mapping[str, tuple[str, ...]] = {"self_prefix": ("#.attn.mem", "decoder.#.attn.mem"), "encoder_prefix": ("encoder.#.attn.mem",),
                                               "cross_prefix": ("decoder.#.xattn.mem",)}  # fmt: skip
+Slots = Sequence[tuple[re.Pattern[str], str]]
 #: where edits hang, by what stands in front of `.reft_layer.refts.NAME.`: our block
-_BLOCKS: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
+_BLOCKS: Slots = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
     (r"encoder\.layer\.(\d+)", "{}"), (r"(?:h|layers)\.(\d+)", "{}"), (r"(encoder|decoder)\.(?:block|layers)\.(\d+)", "{}.{}"),
 ))  # fmt: skip
 #: where a prompt stands
 COMBINE: Mapping[str, str] = {"prefix": "start", "prefix_after_bos": "after_first"}
+#: halves, maps and leaves of an invertible adapter: their name below the adapter, and our key
+COUPLING: Mapping[str, str] = {f"{theirs}.{number}.{leaf}": f"tied/coupling.{half}.{side}{'_bias' if leaf == 'bias' else ''}"
+                               for theirs, half in (("F", "first"), ("G", "second")) for number, side in ((0, "down"), (2, "up")) for leaf in ("weight", "bias")}  # fmt: skip
 _NETWORK = ("wte.weight", "control_trans.0.weight", "control_trans.0.bias", "control_trans.2.weight", "control_trans.2.bias")
 _STORED_DIREFT = "the file does not say whether R h is subtracted (DiReFT does not): read as adapters itself reads it, with the subtraction (subtract=False for a DiReFT)"
 
@@ -93,16 +99,15 @@ def prefixes(reading: Reading, config: Mapping[str, Any]) -> None:
         if original is None or not torch.equal(reading.tensors[original], reading.tensors[key]):
             raise ModuleError(f"{key} is not the copy of the model's prefix that it should be")
         reading.take(key)
-    for which, patterns in PREFIX_SETS.items():
+    for which in PREFIX_SETS:
         mark = f"prefix_tunings.{reading.name}.{which}."
         keys = {key.partition(mark)[2]: key for key in reading.tensors if mark in key}
         if not keys:
             continue
-        memories = [site for pattern in patterns for site in reading.sites.values() if site.port == "mem" and like(site.name, pattern)]
+        memories = memories_of(reading.sites, which)
         if not memories:
             raise ModuleError(f"{mark}*: {reading.sites.model} has no attention for it")
-        # where positions are relative (T5), adapters numbers keys from the start of the prefix and queries from that of the text
-        shifts = bool(memories[0].stack) and which != "cross_prefix" and f"{memories[0].stack}.embed.position" not in reading.sites
+        shifts = numbered(reading.sites, memories[0])
         tensors = {leaf: reading.take(key) for leaf, key in keys.items()}
         if set(tensors) == {"control_trans"}:
             _flat(reading, tensors["control_trans"], memories, Attend(length, None, float(config["dropout"]), shifts=shifts), mark, config)
@@ -148,15 +153,30 @@ def _network(
     each, mid = 2 * heads * size, inner.shape[0]
     if len(embedding) != length or tuple(last.shape) != (each * len(memories), mid):
         raise ModuleError(f"{mark}*: {tuple(embedding.shape)} and {tuple(last.shape)} are not {length} positions of {len(memories)} layers")
-    words = memories[0].name.split(".")
-    lead = "tied/" + ".".join(word for word in ("prefix", memories[0].stack, words[-2]) if word)
+    lead = shared_network(memories[0])
     reading.tied |= {f"{lead}.embedding": embedding, f"{lead}.weight": inner, f"{lead}.bias": inner_bias}
     for index, site in enumerate(memories):
         rows = slice(index * each, (index + 1) * each)
         _prefix(reading, site, form, {"weight": last[rows].clone(), "bias": last_bias[rows].clone()}, config)
 
 
-def like(name: str, pattern: str) -> bool:
+def memories_of(sites: SiteMap, which: str) -> list[Site]:
+    """The attention memories of one set of prefixes, in the order of its layers."""
+    return [site for pattern in PREFIX_SETS[which] for site in sites.values() if site.port == "mem" and _like(site.name, pattern)]
+
+
+def numbered(sites: SiteMap, memory: Site) -> bool:
+    """Whether a prefix there moves the text's positions: where they are relative (T5), adapters numbers keys from the start of the prefix and
+    queries from that of the text."""
+    return bool(memory.stack) and not memory.name.endswith(".xattn.mem") and f"{memory.stack}.embed.position" not in sites
+
+
+def shared_network(memory: Site) -> str:
+    """Our key of the network behind which the prefixes of a set stand."""
+    return "tied/" + ".".join(word for word in ("prefix", memory.stack, memory.name.split(".")[-2]) if word)
+
+
+def _like(name: str, pattern: str) -> bool:
     """Whether a whole name has the form of a pattern in which # is a number."""
     words, wanted = name.split("."), pattern.split(".")
     return len(words) == len(wanted) and all(w == p or (p == "#" and w.isdecimal()) for w, p in zip(words, wanted))
@@ -171,11 +191,9 @@ def invertible(reading: Reading, config: Mapping[str, Any]) -> None:
     if not keys:
         reading.notes["it has no invertible adapter, though its configuration names one (a task adapter on top of a language's)"] = None
         return
-    names = {f"{theirs}.{number}.{leaf}": f"tied/coupling.{half}.{side}{'_bias' if leaf == 'bias' else ''}" for theirs, half in (("F", "first"), ("G", "second"))
-             for number, side in ((0, "down"), (2, "up")) for leaf in ("weight", "bias")}  # fmt: skip
-    if set(keys) != set(names):
-        raise ModuleError(f"{mark}*: expected {listing(names, 8)}, found {listing(sorted(keys), 8)}")
-    reading.tied |= {ours: reading.take(keys[theirs]) for theirs, ours in names.items()}
+    if set(keys) != set(COUPLING):
+        raise ModuleError(f"{mark}*: expected {listing(COUPLING, 8)}, found {listing(sorted(keys), 8)}")
+    reading.tied |= {ours: reading.take(keys[theirs]) for theirs, ours in COUPLING.items()}
     site = reading.sites["encoder.stem" if "encoder.stem" in reading.sites else "stem"]
     if site.features != sum(len(reading.tied[f"tied/coupling.{half}.up_bias"]) for half in ("first", "second")):
         raise ModuleError(f"{mark}*: made for other embeddings than those of {site.features} features that {reading.sites.model} has")
@@ -237,7 +255,7 @@ def refts(reading: Reading, config: Mapping[str, Any]) -> None:
         raise ModuleError(f"reft with non_linearity={config['non_linearity']!r}, output_reft={config['output_reft']!r} is not read")
     form = SubspaceEdit(int(config["r"]), first, last, tied=tied, subtract=reading.subtract is not False, orthonormal=bool(config["orthogonality"]), dropout=float(config["dropout"]))
     for slot in reading.groups("reft_layer.refts"):
-        site, lead = _block(reading, slot), f"{slot}.reft_layer.refts.{reading.name}.units."
+        site, lead = site_at(reading, _BLOCKS, slot, "reft_layer"), f"{slot}.reft_layer.refts.{reading.name}.units."
         units = {"edit": 0} if tied else {"first": 0, "last": 1}
         ours: dict[str, Tensor] = {}
         for name, number in units.items():
@@ -271,12 +289,13 @@ def _projection(reading: Reading, lead: str, orthogonal: bool) -> Tensor:
     return weight.detach().clone()
 
 
-def _block(reading: Reading, slot: str) -> Site:
-    for pattern, site in _BLOCKS:
+def site_at(reading: Reading, slots: Slots, slot: str, what: str) -> Site:
+    """The site that stands in a table for a key's front part."""
+    for pattern, site in slots:
         found = pattern.fullmatch(slot)
         if found:
             name = site.format(*found.groups())
             if name not in reading.sites:
                 raise ModuleError(f"{slot} would be {name}, which {reading.sites.model} lacks; is this the model it was trained on?")
             return reading.sites[name]
-    raise ModuleError(f"{slot}.reft_layer: no block is known by this path")
+    raise ModuleError(f"{slot}.{what}: nothing is known by this path")

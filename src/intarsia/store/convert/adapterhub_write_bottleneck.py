@@ -13,7 +13,7 @@ from intarsia.methods.method import Patch
 from intarsia.patches import Add, Bottleneck, Coupling, Dense, Gated, Kron, Scaled
 from intarsia.sites.address import Site
 from intarsia.store.convert.adapterhub import SLOTS
-from intarsia.store.convert.adapterhub_kinds import ACTIVATIONS
+from intarsia.store.convert.adapterhub_kinds import COUPLING, THEIRS
 from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, one
 
 #: the slot of a sub-layer from our path of it
@@ -24,7 +24,6 @@ _SLOT_OF: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(pattern), sl
     (r"(.*(?:h|layers)\.\d+)\.(?:mlp|fc2)", "{}.output_adapters"),
     (r"(.*transformer\.layer\.\d+)\.attention(?:\.out_lin)?", "{}.attention_adapters"), (r"(.*transformer\.layer\.\d+)\.ffn(?:\.lin2)?", "{}.output_adapters"),
 ))  # fmt: skip
-_THEIRS = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "silu"}
 _BOTTLENECK: Mapping[str, Any] = {
     "adapter_residual_before_ln": False, "cross_adapter": False, "dropout": 0.0, "factorized_phm_W": True, "factorized_phm_rule": False,
     "hypercomplex_nonlinearity": "glorot-uniform", "init_weights": "bert", "init_weights_seed": None, "inv_adapter": None,
@@ -120,7 +119,7 @@ def _bottleneck(writing: Writing, site: Site, patch: Patch, ours: Mapping[str, T
         ours = {leaf.removeprefix("inner."): tensor for leaf, tensor in ours.items() if leaf.startswith("inner.")}
         form = form.form
     plain = isinstance(form, Bottleneck) and isinstance(form.factor, Dense | Kron) and form.vectors is None and isinstance(op, Add)
-    if not plain or not isinstance(form, Bottleneck) or form.activation not in _THEIRS or (fields["scaling"] == "learned" and op != Add()):
+    if not plain or not isinstance(form, Bottleneck) or form.activation not in THEIRS or (fields["scaling"] == "learned" and op != Add()):
         raise ModuleError(f"patch {patch.name!r} at {site.name} ({type(form).__name__} under {type(op).__name__}) has no form in adapters")
     reads = "residual" if form.read == "reads" and site.norm is not None else form.read
     table: Mapping[tuple[str, str, bool], Fields] = {
@@ -134,7 +133,7 @@ def _bottleneck(writing: Writing, site: Site, patch: Patch, ours: Mapping[str, T
     if found is None or scaled_inside or (form.residual != "self" and (fields["scaling"] != 1.0 or fields["use_gating"])):
         raise ModuleError(f"{site.name}: an adapter that reads {form.read!r} with the skip connection {form.residual!r}, norm {form.norm!r} and scaling {fields['scaling']} has no form in adapters")
     fields |= {"original_ln_before": False, "residual_before_ln": True, "original_ln_after": True, "is_parallel": False, "adapter_residual_before_ln": False,
-               "non_linearity": _THEIRS[form.activation], "dropout": form.dropout, "ln_before": form.norm in ("in", "both"),
+               "non_linearity": THEIRS[form.activation], "dropout": form.dropout, "ln_before": form.norm in ("in", "both"),
                "ln_after": form.norm in ("out", "both")}  # fmt: skip
     fields |= found
     first = "adapter_down.1" if fields["ln_before"] else "adapter_down.0"
@@ -183,15 +182,13 @@ def _coupling(writing: Writing, couplings: Sequence[Item]) -> tuple[Fields, dict
     odd = [site.name for site, _, _ in couplings if site.name != ("encoder.stem" if encoder else "stem")]
     form = couplings[0][1].form
     assert isinstance(form, Coupling)
-    if odd or form.activation not in _THEIRS:
+    if odd or form.activation not in THEIRS:
         why = f"it stands at {listing(odd)} too, and adapters changes the encoder's embeddings only (stem='encoder.stem')" if odd else f"it has the activation {form.activation!r}"
         raise ModuleError(f"the invertible adapter has no form in adapters: {why}")
     lead = f"{writing.lead}{'encoder.' if encoder else ''}invertible_adapters.{writing.name}."
-    names = {f"tied/coupling.{half}.{side}{bias}": f"{lead}{theirs}.{number}.{'bias' if bias else 'weight'}" for half, theirs in (("first", "F"), ("second", "G"))
-             for side, number in (("down", 0), ("up", 2)) for bias in ("", "_bias")}  # fmt: skip
     reduction = int(form.reduction) if form.reduction == int(form.reduction) else form.reduction
-    fields = {"inv_adapter": "nice", "inv_adapter_reduction_factor": reduction, "non_linearity": _THEIRS[form.activation]}
-    return fields, {theirs: writing.tied.pop(ours) for ours, theirs in names.items()}
+    fields = {"inv_adapter": "nice", "inv_adapter_reduction_factor": reduction, "non_linearity": THEIRS[form.activation]}
+    return fields, {lead + theirs: writing.tied.pop(ours) for theirs, ours in COUPLING.items()}
 
 
 def shared_rules(writing: Writing) -> dict[str, Tensor]:

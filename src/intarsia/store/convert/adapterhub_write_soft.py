@@ -12,7 +12,7 @@ from intarsia.errors import ModuleError, listing
 from intarsia.patches import Add, Attend, Gated, SubspaceEdit, Tokens
 from intarsia.patches.subspace import orthonormal
 from intarsia.sites.address import Site
-from intarsia.store.convert.adapterhub_kinds import COMBINE, PREFIX_SETS, like
+from intarsia.store.convert.adapterhub_kinds import COMBINE, PREFIX_SETS, memories_of, numbered, shared_network
 from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing
 
 _PREFIX: Mapping[str, Any] = {"architecture": "prefix_tuning", "bottleneck_size": 512, "cross_prefix": True, "encoder_prefix": True, "init_weights_seed": None,
@@ -31,14 +31,14 @@ def prefixes(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str,
         raise ModuleError("adapters holds keys and values in the attention's own softmax, plain or behind a network; flatten the module: host.extract(name, flatten=True)")
     tensors: dict[str, Tensor] = {}
     by_site = {site.name: (site, patch.form, ours) for site, patch, ours in items}
-    for which, patterns in PREFIX_SETS.items():
-        memories = [site for pattern in patterns for site in writing.sites.values() if site.port == "mem" and like(site.name, pattern)]
+    for which in PREFIX_SETS:
+        memories = memories_of(writing.sites, which)
         here = [site.name for site in memories if site.name in by_site]
         if not here:
             continue
         if len(here) != len(memories):
             raise ModuleError(f"a prefix is written for all layers of a stack; it lacks {listing(site.name for site in memories if site.name not in by_site)}")
-        moves = bool(memories[0].stack) and which != "cross_prefix" and f"{memories[0].stack}.embed.position" not in writing.sites
+        moves = numbered(writing.sites, memories[0])
         for name in here:
             inner = by_site[name][1]
             inner = inner.form if isinstance(inner, Gated) else inner
@@ -68,8 +68,7 @@ def _set(writing: Writing, which: str, memories: Sequence[Site], form: Attend, o
     if form.reparameterise is None:  # [P * 2 * layers * heads * size]: positions first, then key and value of layer 0, of layer 1 ...
         blocks = torch.stack([tensors[leaf] for tensors in ours for leaf in ("keys", "values")])
         return {f"{lead}control_trans": blocks.permute(2, 0, 1, 3).reshape(-1)}
-    words = memories[0].name.split(".")
-    tied = "tied/" + ".".join(word for word in ("prefix", memories[0].stack, words[-2]) if word)
+    tied = shared_network(memories[0])
     names = {"wte.weight": "embedding", "control_trans.0.weight": "weight", "control_trans.0.bias": "bias"}
     found = {lead + theirs: writing.tied.pop(f"{tied}.{mine}") for theirs, mine in names.items()}
     return found | {f"{lead}control_trans.2.{leaf}": torch.cat([tensors[leaf] for tensors in ours]) for leaf in ("weight", "bias")}
