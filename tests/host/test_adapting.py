@@ -176,6 +176,9 @@ def test_routers_from_data_know_their_domains(make: Any) -> None:
         assert MEMBERS[int(share.argmax())] == value, (value, share)
     assert found.information["domain"]["0.ffn"] > 0.2 and all(v <= math.log(3) + 1e-6 for v in found.information["domain"].values())
     assert closest(host, texts(), texts()["b"], 2)[0] == "b"
+    with pytest.raises(UsageError, match="no rows"):
+        make(host, "unfinished", {**texts(), "b": []})
+    assert "unfinished" not in host.names
     assert set(closest(host, texts(), texts()["c"], 3)) == set(MEMBERS)
 
 

@@ -10,7 +10,7 @@ What is not here: routers that look at a loss or at the model's uncertainty (`ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,6 @@ from intarsia.compose import Expr, Mix, Ref, expr
 from intarsia.errors import CompositionError, UsageError
 from intarsia.host.host import Host
 from intarsia.host.probe import evaluating
-from intarsia.methods import ROUTERS
 from intarsia.patches import Affine, Delta, RouterForm, WhyNot
 from intarsia.patches.factors import LowRankFactor
 from intarsia.patches.scores import GateScorer, GaussianScorer, Looking, PrototypeScorer
@@ -36,18 +35,26 @@ def arrow(host: Host, name: str, members: Sequence[Expr | str], **settings: Any)
     Raises:
         CompositionError: a member is no linear map of the layer's input somewhere.
     """
-    host.router(name, "arrow", members, **settings)
-    try:
+    with computed(host, name, "arrow", members, settings):
         for site, form in routers(host, name):
             assert isinstance(form.scorer, PrototypeScorer)
             for row, part in enumerate(form.spec.parts):
                 matrix = top_vector(host, part, site)
                 if matrix is not None:
                     form.scorer.prototypes[row] = matrix.to(form.scorer.prototypes)
-    except Exception:
+    return host
+
+
+@contextmanager
+def computed(host: Host, name: str, kind: str, members: Sequence[Expr | str], settings: Mapping[str, Any]) -> Iterator[None]:
+    """A new router, whose tensors this block sets; it is gone again if that fails."""
+    host.router(name, kind, members, **settings)
+    try:
+        with torch.no_grad():
+            yield
+    except BaseException:
         host.remove(name)
         raise
-    return host
 
 
 @torch.no_grad()
@@ -97,8 +104,7 @@ def phatgoose(host: Host, name: str, gates: Mapping[str, str], **settings: Any) 
         found = [form for _, form in routers(host, other) if isinstance(form.scorer, GateScorer) and form.spec.parts == (member,)]
         if not found:
             raise CompositionError(f"{other!r} is no gate of {member!r}; make it with host.router({other!r}, 'gate', [{member!r}]) and train it")
-    host.router(name, "phatgoose", list(gates), **settings)
-    with torch.no_grad():
+    with computed(host, name, "phatgoose", list(gates), settings):
         for site, form in routers(host, name):
             assert isinstance(form.scorer, GateScorer)
             for row, (member, other) in enumerate(gates.items()):
@@ -106,7 +112,6 @@ def phatgoose(host: Host, name: str, gates: Mapping[str, str], **settings: Any) 
                 if at is not None:
                     assert isinstance(at.scorer, GateScorer)
                     if at.scorer.what != form.scorer.what:
-                        host.remove(name)
                         raise CompositionError(f"the gate of {member!r} looks at {at.scorer.what!r} at {site.name}, the router at {form.scorer.what!r}; give read= alike")
                     form.scorer.gate[row] = at.scorer.gate[0]
     return host
@@ -162,41 +167,44 @@ def gaussians(host: Host, name: str, data: Mapping[str, Iterable[Batch]], *, flo
         data: batches by member.
         floor: smallest variance.
     """
-    host.router(name, "gaussians", list(data), **settings)
-    with torch.no_grad():
-        for row, batches in enumerate(data.values()):
-            for site, x in states(host, name, list(data), batches).items():
-                scorer = next(form.scorer for s, form in routers(host, name) if s.name == site)
-                assert isinstance(scorer, GaussianScorer)
-                scorer.mean[row] = x.mean(0)
-                scorer.variance[row] = x.var(0, correction=0).clamp(min=floor)
-                scorer.prior[row] = float(torch.tensor(float(len(x))).log())
+
+    def fit(scorer: Looking, row: int, x: Tensor) -> None:
+        assert isinstance(scorer, GaussianScorer)
+        scorer.mean[row] = x.mean(0)
+        scorer.variance[row] = x.var(0, correction=0).clamp(min=floor)
+        scorer.prior[row] = float(torch.tensor(float(len(x))).log())
+
+    with computed(host, name, "gaussians", list(data), settings):
+        _from_data(host, name, data, fit)
         for _, form in routers(host, name):
             form.scorer.prior.sub_(form.scorer.prior.logsumexp(0))  # type: ignore[operator]
     return host
 
 
-def centroids(host: Host, name: str, data: Mapping[str, Iterable[Batch]], *, temperature: float = 0.1, top: int | None = None, read: str = "self") -> Host:
+def centroids(host: Host, name: str, data: Mapping[str, Iterable[Batch]], **settings: Any) -> Host:
     """A new router by the cosine between an example's mean state and each member's mean state.
 
     Args:
         data: batches by member.
     """
-    from intarsia.methods.fusion import weighing
-    from intarsia.methods.method import Policy
-    from intarsia.patches import Prototype, Router
 
-    plain = host.router_method(name, "arrow", list(data), top=None)
-    where = plain.settings["where"]
-    spec = Router(tuple(data), Prototype(read, "example", False, True), temperature=temperature, top=top)  # type: ignore[arg-type]
-    host.add(name, weighing("centroids", spec, where, Policy()))
-    with torch.no_grad():
-        for row, batches in enumerate(data.values()):
-            for site, x in states(host, name, list(data), batches).items():
-                scorer = next(form.scorer for s, form in routers(host, name) if s.name == site)
-                assert isinstance(scorer, PrototypeScorer)
-                scorer.prototypes[row] = torch.nn.functional.normalize(x.mean(0), dim=0)
+    def fit(scorer: Looking, row: int, x: Tensor) -> None:
+        assert isinstance(scorer, PrototypeScorer)
+        scorer.prototypes[row] = torch.nn.functional.normalize(x.mean(0), dim=0)
+
+    with computed(host, name, "centroids", list(data), settings):
+        _from_data(host, name, data, fit)
     return host
+
+
+def _from_data(host: Host, name: str, data: Mapping[str, Iterable[Batch]], fit: Callable[[Looking, int, Tensor], None]) -> None:
+    """Let `fit` set the row of every member in every scorer from what the scorer sees of that member's examples."""
+    scorers = {site.name: form.scorer for site, form in routers(host, name)}
+    for row, batches in enumerate(data.values()):
+        for site, x in states(host, name, list(data), batches).items():
+            scorer = scorers[site]
+            assert isinstance(scorer, Looking)
+            fit(scorer, row, x)
 
 
 @torch.no_grad()
@@ -229,4 +237,4 @@ def closest(host: Host, data: Mapping[str, Iterable[Batch]], target: Iterable[Ba
     return sorted(near, key=lambda name: (-near[name], name))[:k]
 
 
-__all__ = ["ROUTERS", "arrow", "centroids", "closest", "embedded", "gaussians", "phatgoose", "routers", "states", "top_vector"]
+__all__ = ["arrow", "centroids", "closest", "computed", "embedded", "gaussians", "phatgoose", "routers", "states", "top_vector"]

@@ -10,6 +10,7 @@
 | `phatgoose` | standardised gates that were trained one member at a time (`gate`) |
 | `basis` | a map of a vector of the call (typology) |
 | `gaussians` | responsibilities of a mixture model |
+| `centroids` | nearness to the members' mean states |
 
 What is not here: AdapterFusion (`fusion.py`), and what computes weights without training (`host/adapting.py`).
 """
@@ -129,6 +130,11 @@ def penalties(balance: float, entropy: float, l1: float) -> tuple[RoutePenalty, 
     return tuple(chosen)
 
 
+def fewer(top: int | None, parts: Sequence[str]) -> int | None:
+    """How many members are kept; None for all."""
+    return None if top is None or top >= len(parts) else top
+
+
 @router("fixed", equation="w fixed, or by a key of the call", source="-")
 def fixed(
     parts: tuple[str, ...] = (), where: Where = _OUT, weights: tuple[float, ...] = (), keys: tuple[str, ...] = (), context: str = "task"
@@ -179,8 +185,7 @@ def experts(
     scope: str = "site", balance: float = 0.01, entropy: float = 0.0,
 ) -> Method:  # fmt: skip
     """A linear gate over the members, the k largest, with the balance term of switch transformers."""
-    keep = None if top is None or top >= len(parts) else top
-    spec = Router(parts, Gate(read, by, bias=False), sampler=sampler, top=keep, hard=hard, scope=scope)  # type: ignore[arg-type]
+    spec = Router(parts, Gate(read, by, bias=False), sampler=sampler, top=fewer(top, parts), hard=hard, scope=scope)  # type: ignore[arg-type]
     return weighing("experts", spec, where, Policy(learning_rate=1e-3, penalties=penalties(balance, entropy, 0.0)))
 
 
@@ -193,15 +198,13 @@ def gate(parts: tuple[str, ...] = (), where: Where = _OUT, read: str = "auto", b
 @router("phatgoose", equation="w = softmax(top_k(std(g_i) . std(x) / sqrt(n)))", source="Muqeeth et al. 2024, arXiv 2402.05859")
 def phatgoose(parts: tuple[str, ...] = (), where: Where = _OUT, read: str = "auto", top: int | None = 2) -> Method:
     """Gates that were trained one member at a time, standardised, the two largest per token (`phatgoose` of `intarsia.host` fills them in)."""
-    keep = None if top is None or top >= len(parts) else top
-    return weighing("phatgoose", Router(parts, Gate(read, standardise=True, std=0.0), top=keep), where, Policy())  # type: ignore[arg-type]
+    return weighing("phatgoose", Router(parts, Gate(read, standardise=True, std=0.0), top=fewer(top, parts)), where, Policy())  # type: ignore[arg-type]
 
 
 @router("arrow", equation="w = softmax(top_k(abs(v_i . x))), v_i the top right singular vector of D_i", source="Ostapenko et al. 2024, arXiv 2405.11157")
 def arrow(parts: tuple[str, ...] = (), where: Where = _OUT, top: int | None = 4, temperature: float = 1.0, normalise: bool = False) -> Method:
     """Prototypes computed from the members themselves, per token (`arrow` of `intarsia.host` fills them in); nothing is trained."""
-    keep = None if top is None or top >= len(parts) else top
-    return weighing("arrow", Router(parts, Prototype("input", "token", True, normalise), temperature=temperature, top=keep), where, Policy())
+    return weighing("arrow", Router(parts, Prototype("input", "token", True, normalise), temperature=temperature, top=fewer(top, parts)), where, Policy())
 
 
 @router("basis", equation="w = W c + b, c a vector of the call", source="Platanios et al. 2018, arXiv 1808.08493; Ustun et al. 2020, arXiv 2004.14327")
@@ -219,6 +222,13 @@ def gaussians(parts: tuple[str, ...] = (), where: Where = _OUT, read: str = "sel
     return weighing("gaussians", Router(parts, Gaussian(read, by), temperature=temperature), where, Policy())  # type: ignore[arg-type]
 
 
+@router("centroids", equation="w = softmax(top_k(m_i . x / abs(x) / tau)), m_i the direction of a mean state", source="-")
+def centroids(parts: tuple[str, ...] = (), where: Where = _OUT, temperature: float = 0.1, top: int | None = None, read: str = "self") -> Method:
+    """Cosines between an example's mean state and the mean state of each member's data (`centroids` of `intarsia.host` computes them)."""
+    spec = Router(parts, Prototype(read, "example", False, True), temperature=temperature, top=fewer(top, parts))  # type: ignore[arg-type]
+    return weighing("centroids", spec, where, Policy())
+
+
 __all__ = [
-    "L1", "Balance", "Entropy", "IndianBuffet", "arrow", "basis", "experts", "fixed", "gate", "gaussians", "penalties", "phatgoose", "polytropon", "soup", "tables"
+    "L1", "Balance", "Entropy", "IndianBuffet", "arrow", "basis", "centroids", "experts", "fixed", "gate", "gaussians", "penalties", "phatgoose", "polytropon", "soup", "tables"
 ]  # fmt: skip
