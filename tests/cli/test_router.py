@@ -77,6 +77,13 @@ def test_computed_and_searched(cli: Here, room: Path) -> None:
     cli("eval", *members(room), "-m", str(room / "hub.safetensors"), "--expr", "fuse(a, b; router=r, space=phi)", "--head", "a", f"test={room / 'test.csv'}").ok()
     low = cli("router", "adapt", f"a={room / 'dev.csv'}", f"b={room / 'test.csv'}", "--expr", expr, *members(room), "--steps", "5", "--lr", "0.05", "--out", str(room / "ada.safetensors"), "--json").ok().json
     assert low["entropy"] <= low["entropy_before"] + 1e-3
+    made = ("router", "make", "centroids", "--expr", expr, *members(room), "--out", str(room / "c.safetensors"))
+    cli(*made, *data, "--set", "temperature=0.5").ok()
+    assert load(room / "c.safetensors").method.settings["temperature"] == 0.5
+    assert "no setting 'tau'" in cli(*made, *data, "--set", "tau=1").error(2)
+    assert "centroids wants --data" in cli(*made, *data[:2]).error(2)
+    assert "no use for --gate" in cli(*made, *data, "--gate", "a=b").error(2)
+    assert "no use for --data" in cli("router", "make", "arrow", "--expr", expr, *members(room), *data, "--out", "x").error(2)
     assert "are trained" in cli("router", "make", "experts", "--expr", expr, *members(room), "--out", "x").error(2)
     assert "phatgoose" in cli("router", "ls").ok().out
 

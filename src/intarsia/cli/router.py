@@ -5,7 +5,8 @@ Routers that are trained come from `intarsia train --method ROUTER`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,8 @@ from intarsia.errors import UsageError, listing, nearest
 if TYPE_CHECKING:
     from intarsia.compose import Expr, Mix
     from intarsia.data import Table
+    from intarsia.host import Host
+    from intarsia.tasks import BaseTask
 
 Mixture = Annotated[str, typer.Option("--expr", help="An expression with the mixture, e.g. 'fuse(a, b; router=r) >> ner'.")]
 RouterName = Annotated[str | None, typer.Option("--name", help="The router in the expression; may be left out where there is one.")]
@@ -38,6 +41,8 @@ Steps = Annotated[int, typer.Option("--steps", help="How often the examples are 
 MemberData = Annotated[list[str] | None, typer.Option("--data", metavar="MEMBER=FILE", help="Examples of a member's task or domain; answers are not read.")]
 MemberGate = Annotated[list[str] | None, typer.Option("--gate", metavar="MEMBER=MODULE", help="The gate that was trained for a member.")]
 COMPUTED = ("arrow", "phatgoose", "gaussians", "centroids", "fixed", "soup")
+WANTS = {"gaussians": "--data", "centroids": "--data", "phatgoose": "--gate"}
+"""What is given for every member, by kind; the others look at the members alone."""
 
 
 def register(app: typer.Typer) -> None:
@@ -76,33 +81,43 @@ def make(
 
     intarsia router make arrow --expr "fuse(a, b; router=r)" -m a=a.safetensors -m b=b.safetensors --out r.safetensors
     """
-    from intarsia.compose import expr as parse
     from intarsia.host import prototypes
     from intarsia.methods import ROUTERS
 
     if kind not in COMPUTED:
         raise UsageError(f"`router make` computes {listing(COMPUTED)}, not {kind!r}{nearest(kind, COMPUTED)}; others are trained: intarsia train --method {kind}")
-    parsed = parse(expr)
-    mix = the_mixture(parsed, name)
-    router = str(mix.router)
-    settings = parse_settings(set_, ROUTERS[kind]) if kind in ROUTERS else {k: float(v) for k, v in parse_pairs(set_, "--set").items()}
-    running = prepared(parsed, router, module, base, None, batch_size, needs_task=kind in ("gaussians", "centroids"), allow_network=allow_network, force_base=force_base)
-    host, members = running.host, [str(part) for part in mix.parts]
-    if kind in ("gaussians", "centroids"):
-        files = parse_pairs(data, "--data")
-        if set(files) != set(members):
-            raise UsageError(f"{kind} looks at examples of every member: --data MEMBER=FILE for {listing(members)}, found {listing(files) or 'none'}")
-        batches = {m: list(inputs(running, read_table(files[m], format, reading(columns, None, None, None, None)), batch_size or 32)) for m in members}
+    settings = parse_settings(set_, ROUTERS[kind])
+    mixed = mixture(expr, name, module, base, new=True, needs_task=WANTS.get(kind) == "--data", allow_network=allow_network, force_base=force_base)
+    host, router, members = mixed.host, mixed.router, [str(part) for part in mixed.mix.parts]
+    given = per_member(kind, members, {"--data": data, "--gate": gate})
+    if WANTS.get(kind) == "--data":
+        batches = {m: mixed.inputs(mixed.table(given[m], format, columns), batch_size or 32) for m in members}
         getattr(prototypes, kind)(host, router, batches, **settings)
     elif kind == "phatgoose":
-        prototypes.phatgoose(host, router, {m: parse_pairs(gate, "--gate").get(m, "") for m in members}, **settings)
+        prototypes.phatgoose(host, router, {m: given[m] for m in members}, **settings)
     elif kind == "arrow":
         prototypes.arrow(host, router, members, **settings)
     else:
         host.router(router, kind, members, **settings)
-    headed = [ref.name for ref in parsed.refs() if host.labels(ref.name) is not None]
-    host.call(parsed, head=headed[-1] if headed else None)  # refused now rather than by whoever uses it
-    _write(console, running, router, out, {"kind": kind, "members": members, "expression": str(parsed)}, members_of(mix))
+    headed = [ref.name for ref in mixed.expression.refs() if host.labels(ref.name) is not None]
+    host.call(mixed.expression, head=headed[-1] if headed else None)  # refused now rather than by whoever uses it
+    mixed.write(console, out, {"kind": kind, "members": members})
+
+
+def per_member(kind: str, members: Sequence[str], given: Mapping[str, Sequence[str] | None]) -> dict[str, str]:
+    """What a kind of router wants for every member, by member.
+
+    Raises:
+        UsageError: it is missing for a member or given for another name, or the kind has no use for what is given.
+    """
+    wants = WANTS.get(kind)
+    for option, pairs in given.items():
+        if pairs and option != wants:
+            raise UsageError(f"{kind} has no use for {option}" + (f"; it wants {wants} MEMBER=..." if wants else ": it looks at the members alone"))
+    found = parse_pairs(given[wants], wants) if wants else {}
+    if wants and set(found) != set(members):
+        raise UsageError(f"{kind} wants {wants} MEMBER=... for each of {listing(members)}, found {listing(found) or 'none'}")
+    return found
 
 
 def search(
@@ -130,24 +145,18 @@ def search(
 
     intarsia router search few.csv --expr "fuse(a, b; router=r, space=phi) >> task" -m a=a.safetensors -m b=b.safetensors -m task=t.safetensors --out r.safetensors
     """
-    from intarsia.compose import expr as parse
     from intarsia.host import adapting
-    from intarsia.methods import ROUTERS
 
-    parsed = parse(expr)
-    mix = the_mixture(parsed, name)
-    router = str(mix.router)
-    running = prepared(parsed, router, module, base, task_set, batch_size, head=head, allow_network=allow_network, force_base=force_base)
-    settings = {"scope": "shared", "start": 0.0, **parse_settings(set_, ROUTERS["soup"])}
-    running.host.router(router, "soup", list(mix.parts), **settings)
-    table = read_table(data, format, reading(columns, None, None, None, None))
-    batches = list(inputs(running, table, batch_size or 16, labelled=True))
-    score = few_loss(running, parsed, head, batches)
+    mixed = mixture(expr, name, module, base, new=True, head=head, task_set=task_set, allow_network=allow_network, force_base=force_base)
+    mixed.add_soup(set_, scope="shared", start=0.0)
+    batches = mixed.batches(mixed.table(data, format, columns), batch_size or 16, labelled=True)
+    score = few_loss(mixed.running, mixed.expression, head, batches)
     before = score()
-    best = adapting.search(running.host, router, score, steps=steps, bound=bound, l1=l1, seed=seed)
-    found = adapting.tables(running.host, router)[0].detach().flatten().tolist()
-    weights = {str(part): w for part, w in zip(mix.parts, found[-len(mix.parts) :])}
-    _write(console, running, router, out, {"kind": "search", "loss_before": before, "best": best, "weights": weights, "expression": str(parsed), "steps": steps, "seed": seed}, members_of(mix))
+    best = adapting.search(mixed.host, mixed.router, score, steps=steps, bound=bound, l1=l1, seed=seed)
+    tables = adapting.tables(mixed.host, mixed.router)
+    whole = len(tables) == 1 and tables[0].dim() == 1  # one number per member, which can be told in a line
+    weights = dict(zip(map(str, mixed.mix.parts), tables[0].tolist())) if whole else None
+    mixed.write(console, out, {"kind": "search", "loss_before": before, "best": best, "weights": weights, "steps": steps, "seed": seed})
 
 
 def few_loss(running: Running, expression: Expr, head: str | None, batches: Sequence[dict[str, Any]]) -> Callable[[], float]:
@@ -191,26 +200,19 @@ def adapt(
 
     intarsia router adapt a=test-a.csv b=test-b.csv --expr "fuse(a, b; router=r)" -m a=a.safetensors -m b=b.safetensors --out r.safetensors
     """
-    from intarsia.compose import expr as parse
     from intarsia.host import adapting
-    from intarsia.methods import ROUTERS
 
-    parsed = parse(expr)
-    mix = the_mixture(parsed, name)
-    router = str(mix.router)
     files = parse_pairs(data, "HEAD=FILE")
     first = next(iter(files))
-    running = prepared(parsed, router, module, base, None, batch_size, head=first, allow_network=allow_network, force_base=force_base)
-    settings = {"squash": "clamp", "scope": "site", "start": 0.3, **parse_settings(set_, ROUTERS["soup"])}
-    running.host.router(router, "soup", list(mix.parts), **settings)
+    mixed = mixture(expr, name, module, base, new=True, head=first, allow_network=allow_network, force_base=force_base)
+    mixed.add_soup(set_, squash="clamp", scope="site", start=0.3)
     tasks = []
     for head, file in files.items():
-        mine = running if head == first else prepared_like(running, head)
-        table = read_table(file, format, reading(columns, None, None, None, None))
-        tasks.append((parsed, head, list(inputs(mine, table, batch_size or 16))))
-    losses = adapting.least_entropy(running.host, router, tasks, steps=steps, rate=rate)
-    facts = {"kind": "adapt", "entropy_before": losses[0], "entropy": losses[-1], "steps": steps, "expression": str(parsed), "note": "transductive: it has seen the inputs of these files"}
-    _write(console, running, router, out, facts, members_of(mix))
+        mine = mixed if head == first else mixed.of_head(head)
+        tasks.append((mixed.expression, head, mine.inputs(mine.table(file, format, columns), batch_size or 16)))
+    losses = adapting.least_entropy(mixed.host, mixed.router, tasks, steps=steps, rate=rate)
+    note = "transductive: it has seen the inputs of these files"
+    mixed.write(console, out, {"kind": "adapt", "entropy_before": losses[0], "entropy": losses[-1], "steps": steps, "note": note})
 
 
 def emea(
@@ -236,29 +238,24 @@ def emea(
     intarsia router emea test.csv --expr "fuse(en, hi, ar; router=r) >> ner" -m en=en.safetensors -m hi=hi.safetensors -m ar=ar.safetensors -m ner=ner.safetensors
     """
     from intarsia.cli.evaluate import interval
-    from intarsia.compose import expr as parse
     from intarsia.host.adapting import Emea
-    from intarsia.methods import ROUTERS
+    from intarsia.train.task import context_of
 
-    parsed = parse(expr)
-    mix = the_mixture(parsed, name)
-    router = str(mix.router)
-    running = prepared(parsed, router, module, base, task_set, batch_size, head=head, allow_network=allow_network, force_base=force_base)
-    running.host.router(router, "soup", list(mix.parts), **{"squash": "softmax", "start": 0.5, **parse_settings(set_, ROUTERS["soup"])})
-    table = read_table(data, format, reading(columns, None, None, None, None))
+    mixed = mixture(expr, name, module, base, new=True, head=head, task_set=task_set, allow_network=allow_network, force_base=force_base)
+    mixed.add_soup(set_, squash="softmax", start=0.5)
+    task, table = mixed.task, mixed.table(data, format, columns)
+    batches = mixed.batches(table, batch_size)
     found: dict[str, Any] = {}
     for what, count in (("ensemble", 0), ("emea", steps)):
         predictions, first, last = [], 0.0, 0.0
-        batches = list(inputs(running, table, batch_size, labelled=False, whole=True))
         for batch in batches:
-            context = batch.get("context", {})
-            answer = Emea(running.host, router, parsed, rate, count, head, context)
-            output, seen = answer.answered({key: batch[key] for key in running.task.keys if key in batch})
-            predictions += running.task.predict(output, batch)
+            answer = Emea(mixed.host, mixed.router, mixed.expression, rate, count, head, context_of(task, batch))
+            output, seen = answer.answered(mixed.model_inputs(batch))
+            predictions += task.predict(output, batch)
             first, last = first + seen[0] / len(batches), last + seen[-1] / len(batches)
-        scores = running.task.score(running.task.finish(predictions, table), table)
+        scores = task.score(task.finish(predictions, table), table)
         found[what] = {"metrics": {n: {"value": s.value, "low": s.low, "high": s.high, "n": s.size} for n, s in scores.items()}, "entropy_before": first, "entropy": last}
-    payload = {"expression": str(parsed), "steps": steps, "rate": rate, "batch_size": batch_size, **found}
+    payload = {**mixed.facts, "steps": steps, "rate": rate, "batch_size": batch_size, **found}
 
     def human() -> None:
         names = list(found["emea"]["metrics"])
@@ -289,34 +286,32 @@ def report(
 
     intarsia router report test.csv --expr "fuse(a, b; router=f)" -m a=a.safetensors -m b=b.safetensors -m f=f.safetensors --by language --picture f.png
     """
-    from intarsia.compose import expr as parse
     from intarsia.host import report as reports
+    from intarsia.train.task import context_of
 
-    parsed = parse(expr)
-    mix = the_mixture(parsed, name)
-    running = prepared(parsed, None, module, base, task_set, batch_size, head=head, allow_network=allow_network, force_base=force_base)
-    table = read_table(data, format, reading(columns, None, None, None, None))
+    mixed = mixture(expr, name, module, base, new=False, head=head, task_set=task_set, allow_network=allow_network, force_base=force_base)
+    table = mixed.table(data, format, columns)
     for column in by or ():
         if column not in table.names:
             raise UsageError(f"--by {column}: the data have no such column{nearest(column, table.names)}; they have {listing(table.names)}")
-    batches = list(inputs(running, table, batch_size or 32, whole=True))
+    batches = mixed.batches(table, batch_size or 32)
     rows = [row for batch in batches for row in batch["row"]]
     metadata = {column: [str(table[column][row]) for row in rows] for column in by or ()}
-    keys = {key for batch in batches for key in batch.get("context", {})}
-    context = {key: [value for batch in batches for value in batch["context"][key]] for key in keys}
-    given = [{key: batch[key] for key in running.task.keys if key in batch} for batch in batches]
-    found = reports.report(running.host, str(mix.router), parsed, given, by=metadata, context=context, head=head)
+    told = [context_of(mixed.task, batch) for batch in batches]
+    context = {key: [value for here in told for value in here[key]] for key in (told[0] if told else ())}
+    given = [mixed.model_inputs(batch) for batch in batches]
+    found = reports.report(mixed.host, mixed.router, mixed.expression, given, by=metadata, context=context, head=head)
     if picture is not None:
         from intarsia.modules import write_atomic
 
-        drawn = reports.picture(found, str(mix))
+        drawn = reports.picture(found, str(mixed.mix))
         write_atomic(picture, [drawn], len(drawn))
 
     def human() -> None:
         for line in found.lines():
             console.line(line)
 
-    console.result({"expression": str(parsed), "router": mix.router, **found.to_dict()}, human)
+    console.result({**mixed.facts, "router": mixed.router, **found.to_dict()}, human)
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
@@ -337,81 +332,127 @@ def the_mixture(parsed: Expr, name: str | None) -> Mix:
     return found[0]
 
 
-def prepared(
-    parsed: Expr, router: str | None, module: list[str] | None, base: str | None, task_set: Sequence[str] | None, batch_size: int | None, *,
-    head: str | None = None, needs_task: bool = True, allow_network: bool, force_base: bool,
-) -> Running:  # fmt: skip
-    """A host with the modules of an expression but its new router, and the task that they are for."""
+@dataclass(frozen=True)
+class Mixed:
+    """The mixture that a verb is about, and a host with the modules that it names."""
+
+    expression: Expr
+    mix: Mix
+    running: Running
+
+    @property
+    def router(self) -> str:
+        return str(self.mix.router)
+
+    @property
+    def host(self) -> Host:
+        return self.running.host
+
+    @property
+    def task(self) -> BaseTask[Any]:
+        return self.running.task
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every answer says of itself."""
+        forced = dict(self.running.forced)
+        return {"expression": str(self.expression), **({"forced_base": forced} if forced else {})}
+
+    def of_head(self, head: str) -> Mixed:
+        """The same with the task of another head."""
+        from dataclasses import replace
+
+        from intarsia.cli.running import build_task
+
+        task = build_task(self.host.extract(head), self.host, {}, None)
+        return replace(self, running=replace(self.running, task=task))
+
+    def add_soup(self, pairs: Sequence[str] | None, **settings: Any) -> None:
+        """Put the router on the host: a number per member, with `--set` before the verb's own settings."""
+        from intarsia.methods import ROUTERS
+
+        self.host.router(self.router, "soup", list(self.mix.parts), **{**settings, **parse_settings(pairs, ROUTERS["soup"])})
+
+    def table(self, file: str, format: str | None, columns: str | None) -> Table:
+        """A file of examples."""
+        return read_table(file, format, reading(columns, None, None, None, None))
+
+    def batches(self, table: Table, size: int, *, labelled: bool = False) -> list[dict[str, Any]]:
+        """A table as the task reads it, on the model's device."""
+        from intarsia.train.batches import evaluation_batches, moved
+        from intarsia.train.task import with_context
+
+        features = with_context(self.task, self.task.features(table, labelled=labelled), table)
+        return [moved(batch, self.host.model.device) for batch in evaluation_batches(self.task, features, size)]
+
+    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model takes of a batch."""
+        return {key: batch[key] for key in self.task.keys if key in batch}
+
+    def inputs(self, table: Table, size: int) -> list[dict[str, Any]]:
+        """What the model takes of the rows of a table."""
+        return [self.model_inputs(batch) for batch in self.batches(table, size)]
+
+    def write(self, console: Console, out: Path, found: Mapping[str, Any]) -> None:
+        """The router as a file, its members among what it requires."""
+        from dataclasses import replace
+
+        from intarsia.compose import names
+        from intarsia.modules import save
+
+        facts = {k: v for k, v in {**found, **self.facts}.items() if v is not None}
+        module = self.host.extract(self.router)
+        members = {name for part in self.mix.parts for name in names(part)}
+        module = replace(module, requires=tuple(sorted(self.host.extract(name).digest for name in members)))
+        module = module.with_card(replace(module.card, recipe=facts))
+        digest = save(module, out)
+        payload = {"file": str(out), "digest": digest, "name": self.router, **facts}
+
+        def human() -> None:
+            console.line(f"wrote {out}: router {self.router!r}, {module.n_parameters:,} numbers")
+            for key, value in facts.items():
+                if isinstance(value, float):
+                    console.line(f"  {key.replace('_', ' ')}: {value:.4f}")
+                elif key == "weights":
+                    console.line("  " + ", ".join(f"{k}: {v:.3f}" for k, v in value.items()))
+            console.line(f"Next:  intarsia eval --expr {str(self.expression)!r} -m {self.router}={out} ...")
+
+        console.result(payload, human)
+
+
+def mixture(
+    text: str, name: str | None, module: Sequence[str] | None, base: str | None, *, new: bool, head: str | None = None,
+    task_set: Sequence[str] | None = None, needs_task: bool = True, allow_network: bool, force_base: bool,
+) -> Mixed:  # fmt: skip
+    """The mixture of an expression, on a host with the modules and, if it is needed, the task that they are for.
+
+    Args:
+        name: of the router, where there are several.
+        new: the router is made by the verb, so no file has it.
+    """
     from intarsia.compose import Seq
+    from intarsia.compose import expr as parse
     from intarsia.train.config import EvalConfig, load_config
 
+    parsed = parse(text)
+    mix = the_mixture(parsed, name)
+    router = str(mix.router)
     files = module_files(module)
-    if router is not None and router in files:
+    if new and router in files:
         raise UsageError(f"{router!r} is the router that is made here, and --module gives one of that name; call the new one differently")
-    stand_in = str(parsed) if router is None else str(Seq(tuple(dict.fromkeys(ref for ref in parsed.refs() if ref.name != router))))
+    stand_in = str(Seq(tuple(dict.fromkeys(ref for ref in parsed.refs() if ref.name != router)))) if new else str(parsed)
     values = {"modules": files or None, "base": base, "data": {"none": "-"}, "expression": stand_in, "head": head}
     chosen = load_config(EvalConfig, None, defaults({k: v for k, v in values.items() if v is not None}, {}))
-    if router is None or needs_task:
-        return start(chosen, task_set, allow_network=allow_network, force_base=force_base, checked=router is None)
+    if needs_task:
+        return Mixed(parsed, mix, start(chosen, task_set, allow_network=allow_network, force_base=force_base, checked=not new))
     from intarsia import bases
     from intarsia.cli.sources import read_modules
     from intarsia.host import Host
 
     loaded = bases.load(chosen.base, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    for value in read_modules(chosen.modules).values():
+    modules = read_modules(chosen.modules)
+    for value in modules.values():
         host.insert(value, force_base=force_base)
-    return Running(host, stand_in, head, None)  # type: ignore[arg-type]
-
-
-def members_of(mix: Mix) -> list[str]:
-    """The modules that a mixture's members name."""
-    from intarsia.compose import names
-
-    return sorted({name for part in mix.parts for name in names(part)})
-
-
-def prepared_like(running: Running, head: str) -> Running:
-    """The same host with the task of another head."""
-    from dataclasses import replace
-
-    from intarsia.cli.running import build_task
-
-    return replace(running, task=build_task(running.host.extract(head), running.host, {}, None))
-
-
-def inputs(running: Running, table: Table, size: int, *, labelled: bool = False, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """Batches of a table as the task reads it: what the model takes, or all of it where `labelled` or `whole`."""
-    from intarsia.train.batches import evaluation_batches, moved
-    from intarsia.train.task import with_context
-
-    task = running.task
-    features = with_context(task, task.features(table, labelled=labelled), table)
-    for batch in evaluation_batches(task, features, size):
-        here = moved(batch, running.host.model.device)
-        yield here if whole or labelled else {key: here[key] for key in task.keys if key in here}
-
-
-def _write(console: Console, running: Running, router: str, out: Path, facts: Mapping[str, Any], used: Sequence[str]) -> None:
-    """The router as a file, its members among what it requires."""
-    from dataclasses import replace
-
-    from intarsia.modules import save
-
-    host = running.host
-    module = host.extract(router)
-    module = replace(module, requires=tuple(sorted(host.extract(name).digest for name in used)))
-    module = module.with_card(replace(module.card, recipe={k: v for k, v in facts.items() if v is not None}))
-    size = save(module, out)
-    payload = {"file": str(out), "digest": module.digest, "name": router, **facts}
-
-    def human() -> None:
-        console.line(f"wrote {out}: router {router!r}, {module.n_parameters:,} numbers{f', {size:,} bytes' if isinstance(size, int) else ''}")
-        for key, value in facts.items():
-            if isinstance(value, float):
-                console.line(f"  {key.replace('_', ' ')}: {value:.4f}")
-            elif isinstance(value, Mapping):
-                console.line("  " + ", ".join(f"{k}: {v:.3f}" for k, v in value.items()))
-        console.line(f"Next:  intarsia eval --expr {str(facts['expression'])!r} -m {router}={out} ...")
-
-    console.result(payload, human)
+    forced = {name: difference for name, value in modules.items() if (difference := value.base.difference(host.fingerprint))}
+    return Mixed(parsed, mix, Running(host, stand_in, head, None, forced))  # type: ignore[arg-type]  # nobody asks for a task
