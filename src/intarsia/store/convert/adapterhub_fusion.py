@@ -31,8 +31,8 @@ from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
 from intarsia.store.convert.adapterhub import read_adapterhub, site_of
 from intarsia.store.convert.adapterhub_kinds import Reading
-from intarsia.store.convert.adapterhub_parts import Writing
-from intarsia.store.convert.adapterhub_write import VERSION, write_adapterhub
+from intarsia.store.convert.adapterhub_parts import VERSION, Writing
+from intarsia.store.convert.adapterhub_write import write_adapterhub
 from intarsia.store.convert.adapterhub_write_bottleneck import slot_of
 from intarsia.store.convert.detect import FUSION, SETUP
 from intarsia.store.convert.folder import (

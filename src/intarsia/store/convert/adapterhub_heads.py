@@ -24,8 +24,10 @@ from intarsia.errors import ModuleError, listing, nearest
 from intarsia.methods.method import Patch
 from intarsia.patches import Add, Head, LanguageModelHead, Matrix, Replace
 from intarsia.store.convert.adapterhub_kinds import THEIRS, Reading, activation
+from intarsia.store.convert.adapterhub_parts import VERSION
 from intarsia.store.convert.folder import as_float, json_bytes, read_config, read_tensors, tensor_bytes
 from intarsia.store.convert.paths import Paths
+from intarsia.store.convert.peft_heads import folded
 from intarsia.store.convert.pieces import Piece
 from intarsia.store.convert.values import base_value, change_at
 
@@ -139,13 +141,18 @@ def _read_vocabulary(
         del ours["decoder"]
     else:
         reading.notes["its language-model head has a matrix of its own" + (" (give weights=model.state_dict(): it may be the base's embeddings)" if rows is None else "")] = None
-    scale = float(config.d_model) ** -0.5 if getattr(config, "model_type", "") in ("t5", "mt5") and config.tie_word_embeddings else 1.0
+    scale = _scale(config)
     form = LanguageModelHead(
         activation(theirs) if dense else "gelu", dense, dense and norm, bool(settings.get("bias")), tied,
         float(getattr(config, "layer_norm_eps", 1e-12)) if dense and norm else 1e-12, scale,
     )  # fmt: skip
     reading.pieces.append(Piece("logits", "head", form, Replace(), "logits", ours, "head"))
     return []
+
+
+def _scale(config: Any) -> float:
+    """What a tied head of T5 multiplies its input by."""
+    return float(config.d_model) ** -0.5 if getattr(config, "model_type", "") in ("t5", "mt5") and config.tie_word_embeddings else 1.0
 
 
 def _embedding(reading: Reading) -> str:
@@ -195,7 +202,7 @@ def written_head(patch: Patch, tensors: dict[str, Tensor], model_type: str, name
     width = found["0.weight" if "0.weight" in found else "1.weight"].shape[1]
     document = {"config": settings, "hidden_size": width, "model_class": known, "model_name": None, "model_type": model_type, "name": name}
     stored = {f"heads.{name}.{leaf}": tensor for leaf, tensor in found.items()}
-    return {HEAD_CONFIG: json_bytes({**document, "version": "adapters.1.3.0"}), HEAD_WEIGHTS: tensor_bytes(stored)}, ""
+    return {HEAD_CONFIG: json_bytes({**document, "version": VERSION}), HEAD_WEIGHTS: tensor_bytes(stored)}, ""
 
 
 def static_head(values: Mapping[str, Tensor], document: Mapping[str, Any], config: Any) -> dict[str, bytes]:
@@ -212,11 +219,7 @@ def _labelled(form: Head, tensors: dict[str, Tensor], pooling: str) -> tuple[dic
         return {}, {}, f"adapters has no head over every token for the problem {form.problem!r}"
     if form.activation not in THEIRS:
         return {}, {}, f"adapters has no activation like {form.activation!r}"
-    first = "hidden.0." if form.layers > 1 else ""
-    ours = dict(tensors)
-    if form.standardise:  # centre and scale go into the first linear map
-        weight = ours[f"{first}weight"] * ours.pop("scale")
-        ours |= {f"{first}weight": weight, f"{first}bias": ours[f"{first}bias"] - weight @ ours.pop("mean")}
+    ours = folded(form, tensors)
     kind = {"token": "tagging"}.get(form.pooling, "multilabel_classification" if form.problem == "multi" else "classification")
     theirs = THEIRS[form.activation] if form.layers > 1 else "tanh"
     step = 3 if theirs else 2
@@ -233,7 +236,7 @@ def _vocabulary(
     pooling = CLASSES[model_type][1]
     kind = {"first": "masked_lm", "last": "causal_lm"}.get(pooling, "seq2seq_lm")
     decoder = tensors.get("decoder", weights)
-    scale = float(config.d_model) ** -0.5 if model_type in ("t5", "mt5") and config is not None and config.tie_word_embeddings else 1.0
+    scale = _scale(config)
     if decoder is None:
         return {}, {}, "it is tied to the base's word embeddings, which stand in adapters' file: give weights=model.state_dict()"
     if form.scale != scale:

@@ -13,6 +13,8 @@ from intarsia.errors import ModuleError, listing
 from intarsia.methods.method import Patch
 from intarsia.sites.address import Site, SiteMap
 
+#: of adapters, whose files these are
+VERSION = "adapters.1.3.0"
 Fields = dict[str, Any]
 Item = tuple[Site, Patch, dict[str, Tensor]]
 _FIRST = re.compile(r"(.*?)(?:encoder\.layer|transformer\.layer|encoder\.block|encoder\.layers|h|layers)\.0")

@@ -20,7 +20,7 @@ from intarsia.patches import Add, Affine, Attend, Const, Dense, Gated, Matrix, M
 from intarsia.sites.address import SiteMap
 from intarsia.store.convert.adapterhub import CONFIG, WEIGHTS
 from intarsia.store.convert.adapterhub_heads import static_head, written_head
-from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing
+from intarsia.store.convert.adapterhub_parts import VERSION, Fields, Item, Writing
 from intarsia.store.convert.adapterhub_write_bottleneck import bottlenecks, shared_rules
 from intarsia.store.convert.adapterhub_write_lora import loras, scales
 from intarsia.store.convert.adapterhub_write_soft import prefixes, prompts, refts
@@ -28,7 +28,6 @@ from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import base_value, value_at
 
-VERSION = "adapters.1.3.0"
 Writer = Callable[[Writing, Sequence[Item]], tuple[Fields, dict[str, Tensor]]]
 
 

@@ -14,6 +14,7 @@ from intarsia.patches import Add, Bottleneck, Coupling, Dense, Gated, Kron, Scal
 from intarsia.sites.address import Site
 from intarsia.store.convert.adapterhub import SLOTS
 from intarsia.store.convert.adapterhub_kinds import COUPLING, THEIRS
+from intarsia.store.convert.adapterhub_legacy import DEFAULTS
 from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, one
 
 #: the slot of a sub-layer from our path of it
@@ -25,12 +26,9 @@ _SLOT_OF: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(pattern), sl
     (r"(.*transformer\.layer\.\d+)\.attention(?:\.out_lin)?", "{}.attention_adapters"), (r"(.*transformer\.layer\.\d+)\.ffn(?:\.lin2)?", "{}.output_adapters"),
 ))  # fmt: skip
 _BOTTLENECK: Mapping[str, Any] = {
-    "adapter_residual_before_ln": False, "cross_adapter": False, "dropout": 0.0, "factorized_phm_W": True, "factorized_phm_rule": False,
-    "hypercomplex_nonlinearity": "glorot-uniform", "init_weights": "bert", "init_weights_seed": None, "inv_adapter": None,
-    "inv_adapter_reduction_factor": None, "is_parallel": False, "learn_phm": True, "leave_out": [], "ln_after": False, "ln_before": False,
-    "mh_adapter": False, "non_linearity": "relu", "original_ln_after": True, "original_ln_before": False, "output_adapter": False, "phm_bias": True,
-    "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_layer": False, "phm_rank": 1, "reduction_factor": 16,
-    "residual_before_ln": True, "scaling": 1.0, "shared_W_phm": False, "shared_phm_rule": True, "stochastic_depth": 0.0, "use_gating": False,
+    **DEFAULTS["bottleneck"], "hypercomplex_nonlinearity": "glorot-uniform", "init_weights": "bert", "init_weights_seed": None, "learn_phm": True,
+    "mh_adapter": False, "non_linearity": "relu", "output_adapter": False, "phm_bias": True, "phm_c_init": "normal", "phm_init_range": 0.0001,
+    "reduction_factor": 16, "stochastic_depth": 0.0,
 }  # fmt: skip
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from intarsia.errors import ModuleError, listing
 from intarsia.patches import Add, Affine, Gated, LowRank, Renorm
 from intarsia.sites.address import Site
+from intarsia.store.convert.adapterhub_legacy import DEFAULTS
 from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, one
+from intarsia.store.convert.folder import tidy
 
 _PLACES = frozenset((*((sublayer, word) for sublayer in ("attn", "xattn") for word in "qkv"), ("ffn", "up"), ("ffn", "down")))
 _LORA: Mapping[str, Any] = {
-    "alpha": 8, "architecture": "lora", "attn_matrices": [], "composition_mode": "add", "dropout": 0.0, "dtype": None, "init_weights": "lora",
-    "init_weights_seed": None, "intermediate_lora": False, "leave_out": [], "output_lora": False, "r": 8, "selfattn_lora": False, "use_dora": False,
-    "use_gating": False, "vera_b": None, "vera_d": None,
+    **DEFAULTS["lora"], "alpha": 8, "architecture": "lora", "dtype": None, "init_weights": "lora", "init_weights_seed": None, "intermediate_lora": False,
+    "leave_out": [], "output_lora": False, "r": 8, "selfattn_lora": False,
 }  # fmt: skip
 #: model types whose feed-forward layers adapters names the other way round
 _SWAPPED = ("llama", "mistral")
@@ -42,8 +43,7 @@ def loras(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str, Te
             rank, scale, dropout = form.factor.rank, op.scale, form.dropout
         else:
             raise ModuleError(f"patch {patch.name!r} at {site.name} has no form as a LoRA of adapters{_why(form)}")
-        alpha = scale * rank
-        found |= {"r": rank, "dropout": dropout, "alpha": round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha}
+        found |= {"r": rank, "dropout": dropout, "alpha": tidy(scale * rank)}
         fields.append(found)
         leaves.append((site, {"lora_A": ours["factor.down"], "lora_B": ours["factor.up"], **extra}))
     where, tensors = _at_layers(writing, leaves)

@@ -154,3 +154,8 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 def as_float(tensor: Tensor) -> Tensor:
     """At least single precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def tidy(value: float) -> float | int:
+    """A whole number where rounding alone keeps it from being one."""
+    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value

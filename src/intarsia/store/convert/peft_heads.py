@@ -86,7 +86,7 @@ def write_head(form: Any, tensors: Mapping[str, Tensor], model: str, shapes: Map
     """
     if not isinstance(form, Head):
         return None
-    leaves = _folded(form, {leaf: as_float(t) for leaf, t in tensors.items()})
+    leaves = folded(form, {leaf: as_float(t) for leaf, t in tensors.items()})
     for task, modules, pooling, between in _KNOWN:
         if pooling == "first" and model.startswith("Electra"):
             between = "gelu"
@@ -101,7 +101,7 @@ def write_head(form: Any, tensors: Mapping[str, Tensor], model: str, shapes: Map
     return None
 
 
-def _folded(form: Head, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def folded(form: Head, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """The leaves with centre and scale multiplied into the first linear map."""
     if not form.standardise:
         return leaves

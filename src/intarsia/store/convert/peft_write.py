@@ -34,7 +34,7 @@ from intarsia.patches import (
     Tokens,
 )
 from intarsia.sites.address import Site, SiteMap
-from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, write_folder
+from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, tidy, write_folder
 from intarsia.store.convert.paths import Paths, suffixes
 from intarsia.store.convert.peft_config import DEFAULTS, written
 from intarsia.store.convert.peft_finish import Written, finished
@@ -466,7 +466,7 @@ def _fields(kind: str, layers: Mapping[str, Written]) -> Fields:
             patterned["r"][path] = fields.pop("r")
         if scale is not None:
             rank = patterned["r"].get(path, fields.get("r"))
-            patterned[alpha_name][path] = _tidy(scale * rank)
+            patterned[alpha_name][path] = tidy(scale * rank)
     rest = list(per_layer.values())
     for other in rest[1:]:
         odd = [key for key in rest[0] if other.get(key) != rest[0][key]]
@@ -481,11 +481,6 @@ def _fields(kind: str, layers: Mapping[str, Written]) -> Fields:
                 raise ModuleError(f"peft has one {name} for all layers of a {kind}, here they differ: {usual} and {next(iter(others.values()))}")
             result |= {name: usual, **({pattern: others} if pattern in DEFAULTS[kind] else {})}
     return result
-
-
-def _tidy(value: float) -> float | int:
-    """A whole number where rounding alone keeps it from being one."""
-    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
 
 
 def _lora_biases(writing: _Writing, kind: str, layers: Mapping[str, Written], fields: Fields) -> dict[str, Tensor]:
