@@ -239,5 +239,7 @@ def test_report() -> None:
     torch.testing.assert_close(both, torch.tensor(list(rows.overall().values()), dtype=torch.float64))
     with pytest.raises(UsageError, match="1 values for 2 rows"):
         report(host, "r", MIX, [padded], by={"n": ["1"]})
+    with pytest.raises(UsageError, match="'a' is no router"):
+        report(host, "a", "a", [padded])
     with pytest.raises(UsageError, match="not asked"):
         report(host, "r", "a", [padded])

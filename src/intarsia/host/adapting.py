@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from intarsia.compose import Expr
 from intarsia.errors import SpecError, UsageError
 from intarsia.host.host import Host
+from intarsia.host.probe import Batch, evaluating, inputs_of
 from intarsia.host.prototypes import routers
-from intarsia.patches.scores import TableScorer
-
-Batch = Mapping[str, Tensor]
+from intarsia.methods import routing
 
 
 def tables(host: Host, name: str) -> list[nn.Parameter]:
@@ -37,13 +36,11 @@ def tables(host: Host, name: str) -> list[nn.Parameter]:
     Raises:
         SpecError: it has none.
     """
-    found: dict[int, nn.Parameter] = {}
-    for _, form in routers(host, name):
-        if isinstance(form.scorer, TableScorer) and isinstance(form.scorer.table, nn.Parameter):
-            found.setdefault(id(form.scorer.table), form.scorer.table)
+    scorers = routing.tables([form for _, form in routers(host, name)])
+    found = [scorer.table for _, scorer in scorers if isinstance(scorer.table, nn.Parameter)]
     if not found:
         raise SpecError(f"{name!r} has no table of weights to move; make it with host.router({name!r}, 'soup', [...])")
-    return list(found.values())
+    return found
 
 
 def entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,16 +73,13 @@ def _moving(host: Host, tensors: Sequence[nn.Parameter]) -> Iterator[None]:
             module.training = mode
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}
-
-
-def _entropy_of(host: Host, expression: Expr | str, batch: Batch, head: str | None, context: Mapping[str, Any]) -> Tensor:
+def _answered(host: Host, expression: Expr | str, batch: Batch, head: str | None, context: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """The model's output for a batch, and the mean entropy of its answers."""
     with host.using(expression, head=head, **context) as model:
-        output = model(**_inputs(batch))
+        output = model(**inputs_of(batch))
     if output.get("logits") is None:
         raise UsageError(f"{expression} gives no logits, so there is no entropy to lower; name a module with a head")
-    return entropy(output["logits"], batch.get("attention_mask"))
+    return output, entropy(output["logits"], batch.get("attention_mask"))
 
 
 @dataclass(frozen=True)
@@ -122,16 +116,16 @@ class Emea:
         try:
             with _moving(self.host, moving):
                 for _ in range(self.steps):
-                    uncertainty = _entropy_of(self.host, self.expression, batch, self.head, self.context)
+                    _, uncertainty = _answered(self.host, self.expression, batch, self.head, self.context)
                     seen.append(float(uncertainty.detach()))
                     gradients = torch.autograd.grad(uncertainty, moving, allow_unused=True)
                     with torch.no_grad():
                         for parameter, gradient in zip(moving, gradients):
                             if gradient is not None:
                                 parameter.sub_(gradient, alpha=self.rate)
-                with torch.no_grad(), self.host.using(self.expression, head=self.head, **self.context) as model:
-                    output = model(**_inputs(batch))
-                seen.append(float(entropy(output["logits"], batch.get("attention_mask"))))
+                with torch.no_grad():
+                    output, uncertainty = _answered(self.host, self.expression, batch, self.head, self.context)
+                seen.append(float(uncertainty))
         finally:
             with torch.no_grad():
                 for parameter, value in zip(moving, before):
@@ -157,7 +151,7 @@ def least_entropy(
     losses = []
     with _moving(host, moving):
         for _ in range(steps):
-            total = torch.stack([_entropy_of(host, e, next(batches), head, {}) for e, head, batches in endless]).sum()
+            total = torch.stack([_answered(host, e, next(batches), head, {})[1] for e, head, batches in endless]).sum()
             optimiser.zero_grad()
             total.backward()
             optimiser.step()
@@ -180,7 +174,7 @@ def inferred(host: Host, router: str, expression: Expr | str, batch: Batch, *, h
     """
     moving = tables(host, router)
     with _moving(host, moving):
-        uncertainty = _entropy_of(host, expression, batch, head, {})
+        _, uncertainty = _answered(host, expression, batch, head, {})
         gradients = torch.autograd.grad(uncertainty, moving, allow_unused=True)
     found = [g for g in gradients if g is not None]
     if not found:
@@ -246,19 +240,13 @@ def few_shot(
 
     def score() -> float:
         total = 0.0
-        modes = [(m, m.training) for m in host.model.modules()]
-        try:
-            host.model.eval()
-            with torch.no_grad(), host.using(expression, head=head) as model:
-                for batch in batches:
-                    output = model(**(batch if loss is None else _inputs(batch)))
-                    value = output.get("loss") if loss is None else loss(output, batch)
-                    if value is None:
-                        raise UsageError("the model gives no loss for these inputs: put 'labels' into the batches, or give loss=function(output, batch)")
-                    total += float(value)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(host.model), host.using(expression, head=head) as model:
+            for batch in batches:
+                output = model(**(batch if loss is None else inputs_of(batch)))
+                value = output.get("loss") if loss is None else loss(output, batch)
+                if value is None:
+                    raise UsageError("the model gives no loss for these inputs: put 'labels' into the batches, or give loss=function(output, batch)")
+                total += float(value)
         return total / len(batches)
 
     if not batches:

@@ -1,8 +1,8 @@
-"""What the base itself computes for a text, for modules that start from it: keys and values of every attention."""
+"""Running a model to look at what it does; what the base itself computes for a text: keys and values of every attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,13 @@ from transformers import PreTrainedModel
 from intarsia.errors import SiteError
 from intarsia.host.attention import MemorySocket
 from intarsia.host.call import thread
+
+Batch = Mapping[str, Tensor]
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """What a model is given of a batch: all but the answers."""
+    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 @contextmanager

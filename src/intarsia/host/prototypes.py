@@ -20,13 +20,11 @@ from torch import Tensor
 from intarsia.compose import Expr, Mix, Ref, expr
 from intarsia.errors import CompositionError, UsageError
 from intarsia.host.host import Host
-from intarsia.host.probe import evaluating
+from intarsia.host.probe import Batch, evaluating, inputs_of
 from intarsia.patches import Affine, Delta, RouterForm, WhyNot
 from intarsia.patches.factors import LowRankFactor
 from intarsia.patches.scores import GateScorer, GaussianScorer, Looking, PrototypeScorer
 from intarsia.sites.address import Site
-
-Batch = Mapping[str, Tensor]
 
 
 def arrow(host: Host, name: str, members: Sequence[Expr | str], **settings: Any) -> Host:
@@ -154,7 +152,7 @@ def states(host: Host, name: str, members: Sequence[str], batches: Iterable[Batc
     """
     with _collected(host, name, Mix(tuple(map(expr, members)), router=name)) as found:
         for batch in batches:
-            host.model(**{key: value for key, value in batch.items() if key != "labels"})
+            host.model(**inputs_of(batch))
     if not found:
         raise UsageError("there are no rows to look at")
     return {site: torch.cat(values) for site, values in found.items()}
@@ -213,7 +211,7 @@ def embedded(host: Host, batches: Iterable[Batch]) -> Tensor:
     found = []
     with evaluating(host.model), host.using(None) as model:
         for batch in batches:
-            given = {key: value for key, value in batch.items() if key != "labels"}
+            given = inputs_of(batch)
             output = model(**given, output_hidden_states=True)
             last = output.get("decoder_hidden_states") or output.get("hidden_states")
             mask = given.get("decoder_attention_mask" if output.get("decoder_hidden_states") else "attention_mask")

@@ -23,10 +23,8 @@ from intarsia.compose import Expr
 from intarsia.errors import UsageError, listing
 from intarsia.host.call import Note, thread
 from intarsia.host.host import Host
-from intarsia.host.probe import evaluating
+from intarsia.host.probe import Batch, evaluating, inputs_of
 from intarsia.host.prototypes import routers
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,11 @@ class _Sums:
     def information(self, key: str) -> float:
         """I(value; member) of the mean shares, in nats."""
         overall = self.share / self.total
-        return sum(
-            float(s[-1]) / self.total * float((p * (p.clamp(min=1e-300) / overall.clamp(min=1e-300)).log()).sum())
-            for s in self.by[key].values()
-            if (p := s[:-1] / s[-1]) is not None
-        )
+        found = 0.0
+        for sums in self.by[key].values():
+            shares = sums[:-1] / sums[-1]
+            found += float(sums[-1]) / self.total * float((shares * (shares.clamp(min=1e-300) / overall.clamp(min=1e-300)).log()).sum())
+        return found
 
 
 def report(
@@ -154,11 +152,13 @@ def report(
         context: what the call says, a value for every row of all batches, by key.
 
     Raises:
-        UsageError: the router was not asked, or a list has another length than there are rows.
+        UsageError: it is no router, it was not asked, or a list has another length than there are rows.
     """
     by, context = dict(by or {}), dict(context or {})
-    forms = {id(form): site.name for site, form in routers(host, router)}
-    spec = next(form.spec for _, form in routers(host, router))
+    forms = {id(form): form for _, form in routers(host, router)}
+    if not forms:
+        raise UsageError(f"{router!r} is no router, so there is nothing to report of it")
+    spec = next(iter(forms.values())).spec
     sums: dict[str, _Sums] = {}
     rows = 0
     with evaluating(host.model):
@@ -167,7 +167,7 @@ def report(
             here = {key: list(values[rows : rows + size]) for key, values in context.items()}
             _check_length(by | context, rows + size)
             with watching(host) as notes, host.using(expression, head=head, **here) as model:
-                model(**{key: value for key, value in batch.items() if key != "labels"})
+                model(**inputs_of(batch))
             for note in notes:
                 if id(note.owner) in forms:
                     place = sums.setdefault(note.site.name, _Sums(len(spec.parts), by))

@@ -17,10 +17,9 @@ from intarsia.compose import Expr
 from intarsia.errors import UsageError, listing
 from intarsia.host.host import Host
 from intarsia.host.parts import cut
-from intarsia.host.probe import evaluating
+from intarsia.host.probe import Batch, evaluating, inputs_of
 from intarsia.sites.address import Site
 
-Batch = Mapping[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
 
 
@@ -45,7 +44,7 @@ def diagonal_fisher(
         for batch in batches:
             for place in range(len(next(iter(batch.values())))):
                 row = {key: value[place : place + 1] for key, value in batch.items()}
-                given = row if loss is None else {key: value for key, value in row.items() if key != "labels"}
+                given = row if loss is None else inputs_of(row)
                 output = model(**given)
                 value = output.get("loss") if loss is None else loss(output, row)
                 if value is None:
@@ -88,7 +87,7 @@ def grams(host: Host, expression: Expr | str | None, batches: Iterable[Batch], *
         with evaluating(host.model), host.using(expression) as model:
             for batch in batches:
                 mask[0] = batch.get("attention_mask")
-                model(**{key: value for key, value in batch.items() if key != "labels"})
+                model(**inputs_of(batch))
     finally:
         for handle in handles:
             handle.remove()
