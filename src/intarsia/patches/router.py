@@ -39,6 +39,7 @@ from intarsia.patches.place import Place
 Squash = Literal["softmax", "sigmoid", "bernoulli", "free", "clamp"]
 Sampler = Literal["none", "gumbel", "relaxed"]
 Scope = Literal["site", "layer", "shared"]
+Look = Literal["auto", "self", "normed", "reads", "residual", "input"]
 Changes = Sequence[Tensor | None]
 
 
@@ -46,15 +47,20 @@ class Scorer(nn.Module):
     """Scores of all members, [N], [R, N] or [..., N] like `h`.
 
     `reads_changes` says whether it looks at the members' changes, `reads_call` whether it looks at what the call says of rows
-    or tokens, `fixed` whether its scores are the same whatever comes, `per_input` whether they depend on activations, `per_token` whether they differ within a row; `keys` are those of the call's context that it looks at.
+    or tokens, `per_input` whether its scores depend on activations, `per_token` whether they differ within a row; `keys` are those of
+    the call's context that it looks at.
     """
 
     reads_changes = False
     reads_call = False
-    fixed = False
     per_input = True
     per_token = True
     keys: frozenset[str] = frozenset()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the scores are the same whatever comes."""
+        return not (self.reads_changes or self.per_input or self.keys)
 
     def forward(self, h: Any, changes: Changes, seen: Seen) -> Tensor:
         raise NotImplementedError
@@ -70,6 +76,18 @@ class ScorerSpec(Protocol):
 def present(changes: Changes) -> list[int]:
     """Which members have something at a site."""
     return [i for i, change in enumerate(changes) if change is not None]
+
+
+def looks(place: Place, what: Look) -> Read:
+    """`auto` is the add-and-norm of a sub-layer, else the value at the site."""
+    return what if what != "auto" else "normed" if place.site.residual is not None else "self"
+
+
+def width_of(place: Place, what: Read, who: str = "these scores look") -> int:
+    """Width of what a scorer looks at."""
+    if place.site.port not in ("out", "in"):
+        raise SpecError(f"{place.site.name}: {who} at activations, and port {place.site.port!r} has none")
+    return place.reads if what == "input" else place.site.features
 
 
 class AttentionScorer(Scorer):
@@ -104,7 +122,7 @@ class Attention:
         temperature: divides the scores.
     """
 
-    read: Literal["auto", "self", "normed", "reads", "residual", "input"] = "auto"
+    read: Look = "auto"
     dropout: float = 0.1
     temperature: float = 1.0
 
@@ -113,11 +131,8 @@ class Attention:
             raise SpecError(f"attention needs a temperature above 0 and a dropout below 1, found {self}")
 
     def scorer(self, members: int, place: Place) -> AttentionScorer:
-        site = place.site
-        if site.port not in ("out", "in"):
-            raise SpecError(f"{site.name}: attention looks at activations, and port {site.port!r} has none")
-        what: Read = self.read if self.read != "auto" else "normed" if site.residual is not None else "self"
-        width, reads = site.features, place.reads if what == "input" else site.features
+        what = looks(place, self.read)
+        width, reads = place.site.features, width_of(place, what, "attention looks")
         fill: Fill = normal(0.02)
         return AttentionScorer(
             place.parameter(width, reads, fill=fill), place.parameter(width), place.parameter(width, width, fill=fill), place.parameter(width), self, what

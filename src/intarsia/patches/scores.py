@@ -26,22 +26,9 @@ from intarsia.patches.bottleneck import Read, read
 from intarsia.patches.delta import Seen, same_dtype
 from intarsia.patches.init import Fill, normal, uniform
 from intarsia.patches.place import Place
-from intarsia.patches.router import Changes, Scorer
+from intarsia.patches.router import Changes, Look, Scorer, looks, width_of
 
 By = Literal["token", "example"]
-Look = Literal["auto", "self", "normed", "reads", "residual", "input"]
-
-
-def width_of(place: Place, what: str) -> int:
-    """Width of what a scorer looks at."""
-    if place.site.port not in ("out", "in"):
-        raise SpecError(f"{place.site.name}: these scores look at activations, and port {place.site.port!r} has none")
-    return place.reads if what == "input" else place.site.features
-
-
-def looks(place: Place, what: Look) -> Read:
-    """`auto` is the add-and-norm of a sub-layer, else the value at the site."""
-    return what if what != "auto" else "normed" if place.site.residual is not None else "self"
 
 
 def per_example(owner: object, x: Tensor, seen: Seen) -> Tensor:
@@ -58,8 +45,12 @@ def per_example(owner: object, x: Tensor, seen: Seen) -> Tensor:
 class Looking(Scorer):
     """A scorer that looks at x."""
 
-    spec: Any
-    what: Read
+    def __init__(self, spec: Any, what: Read) -> None:
+        super().__init__()
+        self.spec = spec
+        self.what = what
+        self.reads_call = spec.by == "example"
+        self.per_token = spec.by == "token"
 
     def looked(self, h: Tensor, seen: Seen) -> Tensor:
         """x, per token or per example."""
@@ -79,7 +70,6 @@ class TableScorer(Scorer):
         self.spec = spec
         self.reads_call = bool(spec.keys)
         self.per_input = self.per_token = False
-        self.fixed = not spec.keys
         self.keys = frozenset((spec.context,)) if spec.keys else frozenset()
 
     def forward(self, h: Any, changes: Changes, seen: Seen) -> Tensor:
@@ -157,12 +147,8 @@ class PrototypeScorer(Looking):
     """prototypes: [N, n]."""
 
     def __init__(self, prototypes: Tensor, spec: Prototype, what: Read) -> None:
-        super().__init__()
+        super().__init__(spec, what)
         self.register_buffer("prototypes", prototypes)
-        self.spec = spec
-        self.what = what
-        self.reads_call = spec.by == "example"
-        self.per_token = spec.by == "token"
 
     prototypes: Tensor
 
@@ -199,13 +185,9 @@ class GateScorer(Looking):
     """gate: [N, n], gate_bias: [N] or None."""
 
     def __init__(self, gate: nn.Parameter, gate_bias: nn.Parameter | None, spec: Gate, what: Read) -> None:
-        super().__init__()
+        super().__init__(spec, what)
         self.gate = gate
         self.gate_bias = gate_bias
-        self.spec = spec
-        self.what = what
-        self.reads_call = spec.by == "example"
-        self.per_token = spec.by == "token"
 
     def forward(self, h: Tensor, changes: Changes, seen: Seen) -> Tensor:
         x = same_dtype(self.looked(h, seen), self.gate)
@@ -316,14 +298,10 @@ class GaussianScorer(Looking):
     """mean, variance: [N, n]; prior: [N], log."""
 
     def __init__(self, mean: Tensor, variance: Tensor, prior: Tensor, spec: Gaussian, what: Read) -> None:
-        super().__init__()
+        super().__init__(spec, what)
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
         self.register_buffer("prior", prior)
-        self.spec = spec
-        self.what = what
-        self.reads_call = spec.by == "example"
-        self.per_token = spec.by == "token"
 
     mean: Tensor
     variance: Tensor
