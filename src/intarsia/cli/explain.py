@@ -135,10 +135,6 @@ def why_not_folded(loaded: Base, host: Host, parsed: Expr, modules: Mapping[str,
                 host.remove(name).insert(without_head(modules[name]), name=name, force_base=force_base)
     except (BaseError, CompositionError) as error:
         return str(error)
-    tied = {path for site in host.sites.parameters() if len(site.owners) > 1 for path, _ in site.owners}
-    for site in (site for name in used for site, _ in host.deltas(name)):
-        if site.port != "weight" and site.path in tied:
-            return f"{site.name}: its weight is tied to the word embeddings and would change both"
     return host.why_not_foldable(parsed)
 
 
