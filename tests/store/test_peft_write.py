@@ -122,6 +122,15 @@ def test_samples_return_byte_by_byte(method: str, tmp_path: Path) -> None:
             assert (sorted(ours[key]) if isinstance(value, list) else ours[key]) == (sorted(value) if isinstance(value, list) else value), key
 
 
+@pytest.mark.parametrize("fields", [{"lora_alpha": "x"}, {"modules_to_save": 5}, {"peft_type": {}}, {"rank_pattern": 3}, {"new": 1}], ids=str)
+def test_a_cards_word_on_the_configuration_is_not_trusted(fields: dict[str, Any], tmp_path: Path) -> None:
+    module, _ = read(sample("bert_lora"), "bert")
+    recipe = dict(module.card.recipe)
+    spoilt = replace(module, card=replace(module.card, recipe={**recipe, "peft": {**recipe["peft"], **fields}}))  # type: ignore[dict-item]
+    write(spoilt, "bert", tmp_path / "out")
+    assert read(tmp_path / "out", "bert")[0].tensors.keys() == module.tensors.keys()
+
+
 def test_rslora_keeps_its_outputs(tmp_path: Path) -> None:
     module, _ = read(sample("bert_lora_rslora_bias"), "bert")
     write(module, "bert", tmp_path / "out")

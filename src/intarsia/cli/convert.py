@@ -94,13 +94,14 @@ def named_base(found: Detected) -> str:
         UsageError: it names none.
     """
     from intarsia.modules import read_header
+    from intarsia.store.convert.detect import CONFIG, FUSION
     from intarsia.store.convert.folder import read_config
 
     named: Any = None
     if found.format == "intarsia":
         named = read_header(found.path).card.base
     elif found.format in ("peft", "adapterhub"):
-        config = read_config(found.path, "adapter_fusion_config.json" if found.kind == "fusion" else "adapter_config.json")
+        config = read_config(found.path, FUSION if found.kind == "fusion" else CONFIG)
         named = config.get("base_model_name_or_path") or config.get("model_name")
     if not isinstance(named, str) or not named:
         raise UsageError(f"{found.path} does not name the base it is for; say it with --base")

@@ -31,7 +31,7 @@ from intarsia.modules.module import Module
 from intarsia.patches import Add, Bottleneck, Dense, FactorSpec, FormSpec, Gated, Scaled
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.adapterhub_heads import HEAD_CONFIG, read_head
+from intarsia.store.convert.adapterhub_heads import read_head
 from intarsia.store.convert.adapterhub_kinds import (
     Reading,
     Slots,
@@ -45,12 +45,11 @@ from intarsia.store.convert.adapterhub_kinds import (
 )
 from intarsia.store.convert.adapterhub_legacy import modern, renamed
 from intarsia.store.convert.adapterhub_lora import loras
+from intarsia.store.convert.detect import CONFIG, HEAD_CONFIG, WEIGHTS
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
 from intarsia.store.convert.report import Report
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 
 #: where bottlenecks hang, by the end of the key in front of `.adapters.NAME.`: our sub-layer
 SLOTS: Slots = tuple((re.compile(rf"(?:\w+\.)?{pattern}"), site) for pattern, site in (
@@ -125,7 +124,7 @@ def _read(
     config, adapter, version = raw["config"], raw.get("name"), str(raw.get("version") or "adapter-transformers")
     if not isinstance(adapter, str) or not adapter:
         raise ModuleError(f"{source}: 'name' is a string, found {adapter!r}")
-    tensors = renamed({key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()})
+    tensors = renamed({key: as_float(t) for key, t in read_tensors(folder, *WEIGHTS["adapterhub"], allow_pickle).items()})
     modules = [key.partition(f".loras.{adapter}.")[0] for key in tensors if f".loras.{adapter}." in key]
     reading = Reading(adapter, Paths(sites, modules), sites, tensors, subtract=subtract)
     reading.notes |= {note: None} if note else {}

@@ -34,7 +34,7 @@ from intarsia.store.convert.adapterhub_kinds import Reading
 from intarsia.store.convert.adapterhub_parts import VERSION, Writing
 from intarsia.store.convert.adapterhub_write import write_adapterhub
 from intarsia.store.convert.adapterhub_write_bottleneck import slot_of
-from intarsia.store.convert.detect import FUSION, SETUP
+from intarsia.store.convert.detect import FUSION, SETUP, WEIGHTS
 from intarsia.store.convert.folder import (
     as_float,
     json_bytes,
@@ -48,7 +48,6 @@ from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
 from intarsia.store.convert.report import Report, beside
 
-WEIGHTS, PICKLE = "model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"
 _LEAVES = {"query.weight": "scorer.query", "query.bias": "scorer.query_bias", "key.weight": "scorer.key", "key.bias": "scorer.key_bias", "value.weight": "value"}
 _CONFIG: Mapping[str, Any] = {"dropout_prob": None, "key": True, "query": True, "query_before_ln": False, "residual_before": False, "temperature": False,
                               "value_before_softmax": True}  # fmt: skip
@@ -93,7 +92,7 @@ def _read_fusion(
     unknown = [key for key in config if key not in {*_CONFIG, *_TRAINING, "value"}]
     if odd or unknown:
         raise ModuleError(f"{folder / FUSION}: {', '.join(f'{key}={config.get(key)!r}' for key in [*odd, *unknown])} is not read; {dict(_CONFIG)} is")
-    tensors = {key: as_float(t) for key, t in read_tensors(folder, WEIGHTS, PICKLE, allow_pickle).items()}
+    tensors = {key: as_float(t) for key, t in read_tensors(folder, *WEIGHTS["fusion"], allow_pickle).items()}
     reading = Reading(theirs, Paths(sites), sites, tensors)
     leaves = {leaf: ours for leaf, ours in _LEAVES.items() if config["value"] or leaf != "value.weight"}
     dropout = 0.1 if config.get("dropout_prob") is None else float(config["dropout_prob"])
@@ -160,7 +159,7 @@ def write_fusion(module: Module, folder: str | os.PathLike[str], *, sites: SiteM
     document = {"adapter_names": list(first.parts), "config": {**_CONFIG, **values}, "hidden_size": next(iter(stored.values())).shape[-1],
                 "model_class": sites.model, "model_name": module.card.base or None, "model_type": model_type, "name": ",".join(first.parts),
                 "version": VERSION}  # fmt: skip
-    write_folder(folder, {FUSION: json_bytes(document), WEIGHTS: tensor_bytes(stored), "README.md": module.card.to_markdown().encode()})
+    write_folder(folder, {FUSION: json_bytes(document), WEIGHTS["fusion"][0]: tensor_bytes(stored), "README.md": module.card.to_markdown().encode()})
     note = "adapters' fusion reads with its query what its last member reads, and has the model's attention dropout"
     return Report(module.name, "fusion", len(stored), tuple(beside(module, module.labels, "the files have no place for it")), (note,))
 

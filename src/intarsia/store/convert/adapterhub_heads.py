@@ -25,13 +25,14 @@ from intarsia.methods.method import Patch
 from intarsia.patches import Add, Head, LanguageModelHead, Matrix, Replace
 from intarsia.store.convert.adapterhub_kinds import THEIRS, Reading, activation
 from intarsia.store.convert.adapterhub_parts import VERSION
+from intarsia.store.convert.detect import HEAD_CONFIG
 from intarsia.store.convert.folder import as_float, json_bytes, read_config, read_tensors, tensor_bytes
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_heads import folded
 from intarsia.store.convert.pieces import Piece
 from intarsia.store.convert.values import base_value, change_at
 
-HEAD_CONFIG, HEAD_WEIGHTS, HEAD_PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
+HEAD_WEIGHTS, HEAD_PICKLE = "model_head.safetensors", "pytorch_model_head.bin"
 #: classes with exchangeable heads by model type, and where they pool
 CLASSES: Mapping[str, tuple[str, str]] = {
     "bert": ("BertAdapterModel", "first"), "roberta": ("RobertaAdapterModel", "first"), "xlm-roberta": ("XLMRobertaAdapterModel", "first"),

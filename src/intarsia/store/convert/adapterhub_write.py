@@ -18,12 +18,12 @@ from intarsia.methods.method import Patch
 from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Attend, Const, Dense, Gated, Matrix, Mul, Renorm, SubspaceEdit, Tokens
 from intarsia.sites.address import SiteMap
-from intarsia.store.convert.adapterhub import CONFIG, WEIGHTS
 from intarsia.store.convert.adapterhub_heads import static_head, written_head
 from intarsia.store.convert.adapterhub_parts import VERSION, Fields, Item, Writing
 from intarsia.store.convert.adapterhub_write_bottleneck import bottlenecks, shared_rules
 from intarsia.store.convert.adapterhub_write_lora import loras, scales
 from intarsia.store.convert.adapterhub_write_soft import prefixes, prompts, refts
+from intarsia.store.convert.detect import CONFIG, WEIGHTS
 from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import base_value, value_at
@@ -84,7 +84,7 @@ def write_adapterhub(
     if module.labels and not files:
         left_out.append(f"label names ({listing(module.labels, 4)}): they are the head's, and it is left out")
     document["config"] = parts[0] if len(parts) == 1 else {"architecture": "union", "configs": parts}
-    write_folder(folder, {CONFIG: json_bytes(document), WEIGHTS: tensor_bytes(stored), **files, "README.md": module.card.to_markdown().encode()})
+    write_folder(folder, {CONFIG: json_bytes(document), WEIGHTS["adapterhub"][0]: tensor_bytes(stored), **files, "README.md": module.card.to_markdown().encode()})
     kind = "+".join(str(part.get("architecture") or "bottleneck") for part in parts)
     return Report(module.name, kind, len(stored) + count, tuple(left_out), tuple(writing.notes))
 

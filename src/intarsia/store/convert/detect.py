@@ -13,11 +13,13 @@ from intarsia.modules.file import read_header
 from intarsia.store.convert.folder import read_config
 
 FormatName = Literal["intarsia", "peft", "adapterhub", "composable-sft"]
-ADAPTER_CONFIG, HEAD_CONFIG, SETUP, DIFF = "adapter_config.json", "head_config.json", "adapter_setup.json", "pytorch_diff.bin"
-FUSION = "adapter_fusion_config.json"
-#: weights by format: the file that is read, and the pickle that stands in its place in older folders
-WEIGHTS: Mapping[str, tuple[str, str]] = {"peft": ("adapter_model.safetensors", "adapter_model.bin"),
-                                          "adapterhub": ("adapter.safetensors", "pytorch_adapter.bin")}  # fmt: skip
+CONFIG, HEAD_CONFIG, FUSION, SETUP, DIFF = "adapter_config.json", "head_config.json", "adapter_fusion_config.json", "adapter_setup.json", "pytorch_diff.bin"
+#: weights by format, or kind: the file that is read, and the pickle that stands in its place in older folders
+WEIGHTS: Mapping[str, tuple[str, str]] = {
+    "peft": ("adapter_model.safetensors", "adapter_model.bin"),
+    "adapterhub": ("adapter.safetensors", "pytorch_adapter.bin"),
+    "fusion": ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def detect(path: str | os.PathLike[str]) -> Detected:
     """
     place = Path(path)
     if place.is_file():
-        known = {ADAPTER_CONFIG, HEAD_CONFIG, FUSION, SETUP, DIFF, *(name for pair in WEIGHTS.values() for name in pair)}
+        known = {CONFIG, HEAD_CONFIG, FUSION, SETUP, DIFF, *(name for pair in WEIGHTS.values() for name in pair)}
         return _folder(place.parent) if place.name in known else _file(place)
     if not place.is_dir():
         raise StoreError(f"{place}: no such file or folder")
@@ -55,7 +57,7 @@ def detect(path: str | os.PathLike[str]) -> Detected:
 
 def _file(path: Path) -> Detected:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-        raise StoreError(f"{path}: weights alone do not say what they are; give the folder with their configuration ({ADAPTER_CONFIG}), or {DIFF} of composable-sft")
+        raise StoreError(f"{path}: weights alone do not say what they are; give the folder with their configuration ({CONFIG}), or {DIFF} of composable-sft")
     try:
         header = read_header(path)
     except ModuleError as error:
@@ -64,22 +66,22 @@ def _file(path: Path) -> Detected:
 
 
 def _folder(folder: Path) -> Detected:
-    if (folder / ADAPTER_CONFIG).is_file():
-        return _adapter(folder, read_config(folder, ADAPTER_CONFIG))
+    if (folder / CONFIG).is_file():
+        return _adapter(folder, read_config(folder, CONFIG))
     if (folder / FUSION).is_file():
-        return Detected("adapterhub", folder, "fusion", not (folder / "model_adapter_fusion.safetensors").is_file())
+        return Detected("adapterhub", folder, "fusion", _pickled(folder, "fusion"))
     if (folder / DIFF).is_file():
         return Detected("composable-sft", folder, "sparse difference", pickled=True)
     for name, what in ((SETUP, "a composed setup of AdapterHub"), (HEAD_CONFIG, "a prediction head of AdapterHub without an adapter")):
         if (folder / name).is_file():
             raise StoreError(f"{folder} is {what} ({name}); {_inside(folder) or 'it holds no adapter that could be read'}")
-    looked = f"{ADAPTER_CONFIG} (peft, AdapterHub), {DIFF} (composable-sft)"
+    looked = f"{CONFIG} (peft, AdapterHub), {DIFF} (composable-sft)"
     raise StoreError(f"{folder} is in no known format: looked for {looked}; {_inside(folder) or 'found ' + (listing(sorted(p.name for p in folder.iterdir())) or 'nothing')}")
 
 
 def _inside(folder: Path) -> str:
     """The sub-folders that hold something, as a hint."""
-    inner = sorted(p.parent.name for name in (ADAPTER_CONFIG, FUSION, DIFF) for p in folder.glob(f"*/{name}"))
+    inner = sorted(p.parent.name for name in (CONFIG, FUSION, DIFF) for p in folder.glob(f"*/{name}"))
     return f"name one of its sub-folders: {listing(inner)}" if inner else ""
 
 
@@ -92,7 +94,7 @@ def _adapter(folder: Path, config: Mapping[str, Any]) -> Detected:
         parts = inner.get("configs") if inner.get("architecture") == "union" else None
         kinds = [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else [inner]
         return Detected("adapterhub", folder, "+".join(str(part.get("architecture") or "bottleneck") for part in kinds), _pickled(folder, "adapterhub"))
-    raise StoreError(f"{folder / ADAPTER_CONFIG} has neither 'peft_type' (peft) nor 'config' with a version (AdapterHub)")
+    raise StoreError(f"{folder / CONFIG} has neither 'peft_type' (peft) nor 'config' with a version (AdapterHub)")
 
 
 def _pickled(folder: Path, whose: str) -> bool:

@@ -26,10 +26,10 @@ LIMIT = 64_000
 MANY = 500
 
 
-def kept(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, object]:
+def kept(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Entries of a card's recipe for a configuration and the file beside it."""
-    defaults = {**COMMON, **DEFAULTS[str(raw["peft_type"])]}
-    fields = {key: value for key, value in raw.items() if key == "peft_type" or type(value) is not type(defaults[key]) or value != defaults[key]}
+    defaults = {**COMMON, **DEFAULTS[str(values["peft_type"])]}
+    fields = {key: value for key, value in values.items() if key == "peft_type" or type(value) is not type(defaults[key]) or value != defaults[key]}
     if len(json.dumps(fields)) > LIMIT:
         return {}
     found: dict[str, object] = {FIELDS: fields, TENSORS: _names(tensors)}
@@ -44,9 +44,11 @@ def kept(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, obj
 def origin(module: Module) -> dict[str, Any]:
     """The configuration a module was read with, in full; empty for modules from elsewhere."""
     fields = module.card.recipe.get(FIELDS)
-    if not isinstance(fields, Mapping) or fields.get("peft_type") not in DEFAULTS:
+    if not isinstance(fields, Mapping) or not isinstance(kind := fields.get("peft_type"), str) or kind not in DEFAULTS:
         return {}
-    known = {**COMMON, **DEFAULTS[str(fields["peft_type"])]}
+    if not isinstance(fields.get("modules_to_save"), (list, tuple, type(None))):
+        return {}
+    known = {**COMMON, **DEFAULTS[kind]}
     return {**known, **_lists(fields)} if set(fields) <= set(known) else {}
 
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from intarsia.modules.module import Module
 from intarsia.patches import Add, Affine, Diag, FormSpec, LowRank, Matrix, OpSpec, Rot, Sparse
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
+from intarsia.store.convert.detect import CONFIG, WEIGHTS
 from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.peft_config import Config, check
@@ -31,7 +31,6 @@ from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
 from intarsia.store.convert.values import base_value, change_at, exact_change
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 #: names under which peft stores a parameter's new value itself, below the module it belongs to
 VALUES = {"weight": "weight", "bias": "bias", "base_layer.bias": "bias", "base_layer.weight": "weight", "ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias"}
@@ -84,12 +83,12 @@ def read_peft(
     path = Path(folder)
     with sound(os.fspath(folder)):
         raw = read_config(path, CONFIG)
-        check(raw, str(path / CONFIG))
-        return assemble(raw, read_tensors(path, WEIGHTS, PICKLE, allow_pickle), sites, base, name or path.resolve().name, weights, str(folder), model)
+        config = check(raw, str(path / CONFIG))
+        return assemble(config, read_tensors(path, *WEIGHTS["peft"], allow_pickle), sites, base, name or path.resolve().name, weights, str(folder), model)
 
 
 def assemble(
-    raw: Mapping[str, Any],
+    config: Config,
     found: Mapping[str, Tensor],
     sites: SiteMap,
     base: Fingerprint,
@@ -99,7 +98,6 @@ def assemble(
     model: PreTrainedModel | None = None,
 ) -> tuple[Module, Report]:
     """A module of a configuration and the tensors of a file."""
-    config = check(raw, source)
     tensors = {key: as_float(t) if t.is_floating_point() else t for key, t in found.items()}
     inner = {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)}
     outer = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
@@ -133,7 +131,7 @@ def assemble(
         raise ModuleError(f"{source}: nothing in it can be carried: {'; '.join(reading.left_out) or 'it holds no tensors'}")
     method, ours = together(_method_name(config), reading.pieces, _policy(config), f"peft {config['peft_version']}, {config.kind}")
     text = f"Read from files of peft {config['peft_version']}."
-    card = Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=text, recipe=kept(raw, found))
+    card = Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=text, recipe=kept(config.values, found))
     module = Module(name, method, ours, base, labels, card=card)
     return module, Report(source, config.kind, reading.carried, tuple(reading.left_out), tuple(reading.notes))
 

@@ -34,9 +34,10 @@ from intarsia.patches import (
     Tokens,
 )
 from intarsia.sites.address import Site, SiteMap
-from intarsia.store.convert.folder import as_float, json_bytes, tensor_bytes, tidy, write_folder
+from intarsia.store.convert.detect import CONFIG, WEIGHTS
+from intarsia.store.convert.folder import as_float, json_bytes, sound, tensor_bytes, tidy, write_folder
 from intarsia.store.convert.paths import Paths, suffixes
-from intarsia.store.convert.peft_config import DEFAULTS, written
+from intarsia.store.convert.peft_config import DEFAULTS, check, written
 from intarsia.store.convert.peft_finish import Written, finished
 from intarsia.store.convert.peft_heads import write_head
 from intarsia.store.convert.peft_kind import Fields
@@ -44,7 +45,7 @@ from intarsia.store.convert.peft_kinds import KINDS
 from intarsia.store.convert.peft_origin import narrowed, origin, same_file
 from intarsia.store.convert.peft_prompts import write_prompt
 from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, framed, with_sides
-from intarsia.store.convert.peft_read import CONFIG, PREFIX, ROWS, WEIGHTS, assemble
+from intarsia.store.convert.peft_read import PREFIX, ROWS, assemble
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import value_at
 
@@ -150,7 +151,7 @@ def write_peft(
         config = earlier if _gives(earlier, tensors, module, sites, weights, model) else config
     labels = None if module.labels == tuple(f"LABEL_{i}" for i in range(len(module.labels or ()))) else module.labels
     writing.left_out += beside(module, labels, "peft's files have no place for it")
-    write_folder(folder, {CONFIG: json_bytes(config), WEIGHTS: tensor_bytes(tensors), "README.md": module.card.to_markdown().encode()})
+    write_folder(folder, {CONFIG: json_bytes(config), WEIGHTS["peft"][0]: tensor_bytes(tensors), "README.md": module.card.to_markdown().encode()})
     return Report(module.name, str(config["peft_type"]), len(tensors), tuple(writing.left_out), tuple(writing.notes))
 
 
@@ -164,7 +165,8 @@ def _gives(
 ) -> bool:
     """Whether a configuration with these tensors is read as the module, apart from its head."""
     try:
-        again, _ = assemble(config, tensors, sites, module.base, module.name, weights, module.name, model)
+        with sound(module.name):
+            again, _ = assemble(check(config, module.name), tensors, sites, module.base, module.name, weights, module.name, model)
     except ModuleError:
         return False
     patches = {patch for patch in module.method.patches if patch.port != "logits"}
