@@ -34,14 +34,20 @@ PER_TOKEN = ("fusion", "experts", "gate", "phatgoose", "arrow")
 few = settings(max_examples=10, deadline=None, derandomize=True)
 
 
-@functools.cache
-def woven(family: str = "bert", kind: str = "lora", routing: tuple[str, ...] = KINDS) -> tuple[Host, dict[str, Tensor]]:
-    """Members of one method away from their start, and a router of every kind away from its start."""
+def peopled(family: str = "bert", kind: str = "lora", dtype: torch.dtype = torch.float32) -> tuple[Host, dict[str, Tensor]]:
+    """Members of one method away from their start."""
     model, inputs = zoo.make(family)
-    host = Host(model.double())
+    host = Host(model.to(dtype))
     for seed, name in enumerate(MEMBERS):
         host.add(name, small(kind, family), seed=seed)
         disturb(host, name, seed)
+    return host, inputs
+
+
+@functools.cache
+def woven(family: str = "bert", kind: str = "lora", routing: tuple[str, ...] = KINDS) -> tuple[Host, dict[str, Tensor]]:
+    """Members of one method away from their start, and a router of every kind away from its start."""
+    host, inputs = peopled(family, kind, torch.float64)
     for name in routing:
         host.router(name, name, MEMBERS, **SETTINGS.get(name, {}))
         disturb(host, name, 9, 0.5)
@@ -49,7 +55,7 @@ def woven(family: str = "bert", kind: str = "lora", routing: tuple[str, ...] = K
             for buffer in form.scorer.buffers():
                 if buffer.is_floating_point() and name != "fixed":
                     buffer.copy_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(3)) + 0.1)
-    for module in model.modules():
+    for module in host.model.modules():
         module.double()
     return host, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
@@ -67,11 +73,7 @@ def equal(one: Tensor, other: Tensor, tolerance: float = 1e-8) -> None:
 @pytest.mark.parametrize(("family", "kind"), [("bert", "lora"), ("bert", "pfeiffer"), ("gpt2", "ia3"), ("bert", "bitfit"), pytest.param("t5", "dora", marks=pytest.mark.slow), pytest.param("llama", "oft", marks=pytest.mark.slow)])
 def test_one_hot_is_the_member(family: str, kind: str, space: str) -> None:
     """For every port that a router weighs, parameters among them; by number and by key."""
-    model, inputs = zoo.make(family)
-    host = Host(model)
-    for seed, name in enumerate(MEMBERS):
-        host.add(name, small(kind, family), seed=seed)
-        disturb(host, name, seed)
+    host, inputs = peopled(family, kind)
     host.router("one", "fixed", MEMBERS, weights=(0.0, 1.0, 0.0))
     host.router("key", "fixed", MEMBERS, keys=("swh", "yor", "kab"), context="language")
     want = run(host, inputs, "b")
@@ -157,22 +159,18 @@ def test_a_file_is_exact(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("fixed", "arrow", "gaussians", "centroids")])
 def test_gradients_reach_what_is_trained_and_nothing_else(kind: str) -> None:
-    model, inputs = zoo.make("bert")
-    host = Host(model)
-    for seed, name in enumerate(MEMBERS):
-        host.add(name, small("lora"), seed=seed)
-        disturb(host, name, seed)
+    host, inputs = peopled()
     host.router("r", kind, MEMBERS, **SETTINGS.get(kind, {}))
     disturb(host, "r", 2)
     context = CONTEXT.get(kind, {})
     for trained in (("r",), ("r", "b"), ("b",)):
         host.trainable(*trained)
-        for parameter in model.parameters():
+        for parameter in host.model.parameters():
             parameter.grad = None
         with host.using("fuse(a, b, c; router=r)", **context) as m:
             answer(m(**inputs)).square().sum().backward()
         own = {id(p) for name in trained for p in host.parameters(name).values()}
-        for key, parameter in model.named_parameters():
+        for key, parameter in host.model.named_parameters():
             assert (parameter.grad is not None) == (id(parameter) in own), key
         if kind not in ("gate", "phatgoose"):
             nonzero = [float(p.grad.abs().sum()) > 0 for name in trained for k, p in host.parameters(name).items() if not k.endswith("key_bias") and p.grad is not None]
@@ -308,11 +306,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("space", ["out", "phi"])
 def test_constant_weights_fold(space: str) -> None:
-    model, inputs = zoo.make("bert")
-    host = Host(model)
-    for seed, name in enumerate(MEMBERS):
-        host.add(name, small("lora"), seed=seed)
-        disturb(host, name, seed)
+    host, inputs = peopled()
     host.router("r", "soup", MEMBERS, squash="softmax").router("p", "polytropon", MEMBERS, tasks=("x", "y"))
     disturb(host, "r", 3)
     mix = f"fuse(a, b, c; router=r, space={space})"
