@@ -121,10 +121,21 @@ def test_a_fusion_alone(tmp_path: Path) -> None:
         read_fusion(folder, sites=host.sites, base=host.fingerprint, members={"x": module})
     bad = copied_to(folder, tmp_path / "bad")
     raw = json.loads((bad / "adapter_fusion_config.json").read_text())
+    (bad / "adapter_fusion_config.json").write_text(json.dumps({**raw, "new": 1}))
+    with pytest.raises(ModuleError, match="no field 'new'"):
+        read_fusion(bad, sites=host.sites, base=host.fingerprint)
     for setting in ({"temperature": True}, {"query": False}, {"new": 1}):
         (bad / "adapter_fusion_config.json").write_text(json.dumps({**raw, "config": {**raw["config"], **setting}}))
         with pytest.raises(ModuleError, match="is not read"):
             read_fusion(bad, sites=host.sites, base=host.fingerprint)
+
+
+def test_a_setup_of_heads_is_said(tmp_path: Path) -> None:
+    folder = copied_to(case("bert", "comp_stack"), tmp_path / "x")
+    raw = json.loads((folder / "adapter_setup.json").read_text())
+    (folder / "adapter_setup.json").write_text(json.dumps({**raw, "head_setup": "h"}))
+    found = read_setup(folder, sites=hosted("bert").sites, base=hosted("bert").fingerprint)
+    assert any("head_setup" in note for report in found.reports for note in report.notes)
 
 
 def test_setups_that_are_not_whole(tmp_path: Path) -> None:
@@ -136,6 +147,9 @@ def test_setups_that_are_not_whole(tmp_path: Path) -> None:
         (folder / "adapter_setup.json").write_text(json.dumps({**raw, "adapter_setup": node}))
         with pytest.raises(StoreError, match="no folder"):
             read_setup(folder, sites=host.sites, base=host.fingerprint)
+    (folder / "adapter_setup.json").write_text(json.dumps({**raw, "new": 1}))
+    with pytest.raises(ModuleError, match="no field 'new'"):
+        read_setup(folder, sites=host.sites, base=host.fingerprint)
     (folder / "adapter_setup.json").write_text(json.dumps({**raw, "adapter_setup": {"type": "Fuse"}}))
     with pytest.raises(ModuleError, match="children"):
         read_setup(folder, sites=host.sites, base=host.fingerprint)

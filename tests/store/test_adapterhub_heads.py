@@ -75,7 +75,7 @@ def test_other_heads_are_left_out_and_said(architecture: str, name: str, message
 @pytest.mark.parametrize(("settings", "message"), [
     ({"head_type": "dependency_parsing"}, "means of their pieces"), ({"head_type": "multiple_choice"}, "chooses among texts"), ({"head_type": "tagginG"}, "did you mean"),
     ({"use_pooler": True}, "the model's pooler"), ({"layers": 0}, "0 layers"), ({"num_labels": 2}, "does not number"), ({"layers": 3}, "a head of 3 layers"),
-    ({"activation_function": "softsign"}, "softsign"),
+    ({"activation_function": "softsign"}, "softsign"), ({"new": 1}, "fields new are not known"),
 ])  # fmt: skip
 def test_settings_of_heads(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = copied_to(case("bert", "head_classification"), tmp_path / "x")

@@ -46,7 +46,7 @@ from intarsia.store.convert.adapterhub_kinds import (
 from intarsia.store.convert.adapterhub_legacy import modern, renamed
 from intarsia.store.convert.adapterhub_lora import loras
 from intarsia.store.convert.detect import CONFIG, HEAD_CONFIG, WEIGHTS
-from intarsia.store.convert.folder import as_float, read_config, read_tensors, sound
+from intarsia.store.convert.folder import as_float, check_fields, read_config, read_tensors, sound
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pieces import Piece, together
 from intarsia.store.convert.report import Report
@@ -117,9 +117,7 @@ def _read(
 ) -> tuple[Module, Report]:
     raw = read_config(folder, CONFIG)
     source = str(folder / CONFIG)
-    unknown = [key for key in raw if key not in TOP]
-    if unknown:
-        raise ModuleError(f"{source}: unknown fields {listing(unknown)}{nearest(unknown[0], TOP)}")
+    check_fields(raw, TOP, f"{source}: a configuration of adapters")
     raw, note = modern(raw, source)
     config, adapter, version = raw["config"], raw.get("name"), str(raw.get("version") or "adapter-transformers")
     if not isinstance(adapter, str) or not adapter:
@@ -153,10 +151,7 @@ def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
     """Refuse methods and fields that are not understood."""
     if kind not in FIELDS:
         raise ModuleError(f"{source}: architecture {kind!r} is not read{nearest(kind, FIELDS)}; read are {listing(FIELDS)}")
-    known = FIELDS[kind] | _TRAINING | {"architecture"}
-    unknown = [key for key in config if key not in known]
-    if unknown:
-        raise ModuleError(f"{source}: {kind} has no field {listing(map(repr, unknown))}{nearest(unknown[0], known)}")
+    check_fields(config, FIELDS[kind] | _TRAINING | {"architecture"}, f"{source}: {kind}")
     refused = {
         "shared_W_phm": "shared matrices of hypercomplex layers are not read",
         "factorized_phm_rule": "factorised rules of hypercomplex layers are not read",

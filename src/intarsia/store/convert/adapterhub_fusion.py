@@ -29,7 +29,7 @@ from intarsia.modules.module import Module
 from intarsia.patches import Affine, Attend, Attention, Bottleneck, Coupling, Gated, Renorm, Router, Scaled, Weigh
 from intarsia.sites.address import Site, SiteMap
 from intarsia.sites.fingerprint import Fingerprint
-from intarsia.store.convert.adapterhub import read_adapterhub, site_of
+from intarsia.store.convert.adapterhub import TOP, read_adapterhub, site_of
 from intarsia.store.convert.adapterhub_kinds import Reading
 from intarsia.store.convert.adapterhub_parts import VERSION, Writing
 from intarsia.store.convert.adapterhub_write import write_adapterhub
@@ -37,6 +37,7 @@ from intarsia.store.convert.adapterhub_write_bottleneck import slot_of
 from intarsia.store.convert.detect import FUSION, SETUP, WEIGHTS
 from intarsia.store.convert.folder import (
     as_float,
+    check_fields,
     json_bytes,
     read_config,
     read_tensors,
@@ -84,6 +85,7 @@ def _read_fusion(
     folder: Path, sites: SiteMap, base: Fingerprint, name: str, members: Mapping[str, Module] | None, allow_pickle: bool
 ) -> tuple[Module, Report]:
     raw = read_config(folder, FUSION)
+    check_fields(raw, TOP | {"adapter_names"}, f"{folder / FUSION}: a fusion")
     config, theirs = raw.get("config"), str(raw.get("name"))
     parts = tuple(raw.get("adapter_names") or theirs.split(","))
     if not isinstance(config, dict):
@@ -208,6 +210,7 @@ def read_setup(
     place = Path(folder)
     with sound(os.fspath(folder)):
         raw = read_config(place, SETUP)
+        check_fields(raw, ("adapter_setup", "head_setup", "version"), f"{place / SETUP}: a setup")
         node: Any = raw.get("adapter_setup")
         modules: dict[str, Module] = {}
         reports: list[Report] = []
@@ -223,6 +226,8 @@ def read_setup(
             routers[inner.name] = name
             reports.append(report)
         notes: dict[str, None] = {}
+        if raw.get("head_setup") is not None:
+            notes[f"its head_setup ({str(raw['head_setup'])[:60]}) is not read: heads are those beside the adapters, which a call chooses by its expression"] = None
         combined = _Combining(modules, routers, str(place / SETUP), notes)
         if node.get("type") == "BatchSplit":
             sizes = [int(size) for size in (node.get("kwargs") or {}).get("batch_sizes") or []]

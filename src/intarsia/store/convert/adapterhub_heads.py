@@ -44,6 +44,8 @@ CLASSES: Mapping[str, tuple[str, str]] = {
 }  # fmt: skip
 _LABELLED = ("classification", "multilabel_classification", "tagging")
 _VOCABULARY = ("masked_lm", "causal_lm", "seq2seq_lm")
+_FIELDS = {"activation_function", "bias", "dropout_prob", "embedding_size", "head_type", "label2id", "layer_norm", "layers", "num_labels", "shift_labels", "use_pooler",
+           "vocab_size"}  # fmt: skip
 _NOT: Mapping[str, str] = {
     "question_answering": "no task here answers questions by spans", "multiple_choice": "no task here chooses among texts",
     "image_classification": "no task here is about images",
@@ -67,6 +69,9 @@ def read_head(reading: Reading, folder: Path, allow_pickle: bool, model_type: st
         return None, [f"the prediction head beside it ({kind}): {_NOT[kind]}"]
     if kind not in (*_LABELLED, *_VOCABULARY):
         return None, [f"the prediction head beside it ({kind}): a kind that is not known{nearest(str(kind), (*_LABELLED, *_VOCABULARY))}"]
+    unknown = sorted(set(settings) - _FIELDS)
+    if unknown:
+        return None, [f"the prediction head beside it ({kind}): its fields {listing(unknown)} are not known"]
     pooling = "token" if kind == "tagging" else CLASSES.get(model_type, ("", ""))[1]
     if pooling == "first" and any(piece.port == "seq" and getattr(piece.form, "where", "") == "start" for piece in reading.pieces):
         return None, [f"the prediction head beside it ({kind}): adapters pools at the first token of the prompt, which is cut away here"]

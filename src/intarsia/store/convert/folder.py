@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from intarsia._codec import parse_json
-from intarsia.errors import IntarsiaError, ModuleError, SpecError, StoreError, listing
+from intarsia.errors import IntarsiaError, ModuleError, SpecError, StoreError, listing, nearest
 from intarsia.modules.atomic import write_atomic
 from intarsia.modules.file import check_finite
 from intarsia.store.convert.pickled import read_pickled
@@ -65,6 +65,17 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModuleError(f"{path}: not a JSON object")
     return value
+
+
+def check_fields(raw: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Refuse fields that `what` does not have.
+
+    Raises:
+        ModuleError: names them.
+    """
+    unknown = [key for key in raw if key not in known]
+    if unknown:
+        raise ModuleError(f"{what} has no field {listing(map(repr, unknown))}{nearest(unknown[0], known)}")
 
 
 def read_tensors(folder: Path, name: str, pickled: str, allow_pickle: bool = False) -> dict[str, Tensor]:
