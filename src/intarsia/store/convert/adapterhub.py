@@ -152,13 +152,9 @@ def _check(kind: str, config: Mapping[str, Any], source: str) -> None:
     if kind not in FIELDS:
         raise ModuleError(f"{source}: architecture {kind!r} is not read{nearest(kind, FIELDS)}; read are {listing(FIELDS)}")
     check_fields(config, FIELDS[kind] | _TRAINING | {"architecture"}, f"{source}: {kind}")
-    refused = {
-        "shared_W_phm": "shared matrices of hypercomplex layers are not read",
-        "factorized_phm_rule": "factorised rules of hypercomplex layers are not read",
-    }  # fmt: skip
-    for key, reason in refused.items():
+    for key in ("shared_W_phm", "factorized_phm_rule"):
         if config.get(key) and config.get("phm_layer"):
-            raise ModuleError(f"{source}: {key}={config[key]!r}: {reason}")
+            raise ModuleError(f"{source}: {key}={config[key]!r} of hypercomplex layers is not read")
 
 
 def site_of(reading: Reading, slot: str) -> Site:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: how a conversion is verified
-Check = Literal["peft", "outputs", "tensors"]
+Check = Literal["peft", "outputs"]
 CHECKS: Mapping[Check, str] = {
     "peft": "logits of peft 0.21 itself within 1e-5 (of logits up to 1), its file back to the byte where it is the same method, and logits of peft with our file",
     "outputs": "outputs of the peer itself, kept beside the samples, within 1e-5; what is read is written to the same tensors and fields, and read again bit by bit",
-    "tensors": "every number at its place",
 }
 
 
@@ -21,7 +20,7 @@ class Format:
 
     Attributes:
         kind: the peer's name of it (`peft_type`, `architecture`).
-        reads: as what it is read; empty for not at all.
+        reads: as what it is read.
         writes: as what a module of ours is written; empty for not at all.
         check: how reading is verified; what is written is read back and compared in any case.
         limits: what is refused or reported.
@@ -96,6 +95,6 @@ def table() -> str:
     lines: list[str] = []
     for peer, rows in FORMATS.items():
         lines += [f"## {peer}", "", "| kind | read as | written from | reading checked by | limits |", "|---|---|---|---|---|"]
-        lines += [f"| `{row.kind}` | {row.reads or '-'} | {row.writes or '-'} | {row.check if row.reads else '-'} | {row.limits} |" for row in rows]
+        lines += [f"| `{row.kind}` | {row.reads} | {row.writes or '-'} | {row.check} | {row.limits} |" for row in rows]
         lines.append("")
     return "\n".join([*lines, "Checks: " + "; ".join(f"*{name}*: {text}" for name, text in CHECKS.items()) + "."])
