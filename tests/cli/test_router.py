@@ -94,5 +94,11 @@ def test_emea(cli: Here, room: Path) -> None:
     assert found["emea"]["metrics"]["accuracy"]["n"] == 18
 
 
+def test_cut_rows_are_told(cli: Here, room: Path) -> None:
+    (room / "long.csv").write_text(f"text,label\n{'word ' * 400},animals\n")
+    told = cli("router", "emea", str(room / "long.csv"), "--expr", "fuse(a, b; router=r)", "--head", "a", *members(room), "--steps", "0", "--task-set", "max_length=16").ok()
+    assert "1 truncated" in told.err and "longer than the model reads" in told.err
+
+
 def test_a_routed_mixture_is_no_sum_to_merge(cli: Here, room: Path) -> None:
     assert "no weighted sum" in cli("merge", "phi(0.5*a + 0.5*b)", *members(room)[2:], "--to-module", str(room / "m.safetensors")).error(2)

@@ -378,11 +378,14 @@ class Mixed:
         return read_table(file, format, reading(columns, None, None, None, None))
 
     def batches(self, table: Table, size: int, *, labelled: bool = False) -> list[dict[str, Any]]:
-        """A table as the task reads it, on the model's device."""
+        """A table as the task reads it, on the model's device; rows that are cut are told."""
         from intarsia.train.batches import evaluation_batches, moved
         from intarsia.train.task import with_context
 
         features = with_context(self.task, self.task.features(table, labelled=labelled), table)
+        for what, count in self.task.counts.items():
+            if what.startswith("truncated") and count:
+                Console().warn(f"{count:,} {what.replace('_', ' ')}: longer than the model reads")
         return [moved(batch, self.host.model.device) for batch in evaluation_batches(self.task, features, size)]
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -432,7 +435,7 @@ def mixture(
     """
     from intarsia.compose import Seq
     from intarsia.compose import expr as parse
-    from intarsia.train.config import EvalConfig, load_config
+    from intarsia.train.config import PredictConfig, load_config
 
     parsed = parse(text)
     mix = the_mixture(parsed, name)
@@ -441,8 +444,8 @@ def mixture(
     if new and router in files:
         raise UsageError(f"{router!r} is the router that is made here, and --module gives one of that name; call the new one differently")
     stand_in = str(Seq(tuple(dict.fromkeys(ref for ref in parsed.refs() if ref.name != router)))) if new else str(parsed)
-    values = {"modules": files or None, "base": base, "data": {"none": "-"}, "expression": stand_in, "head": head}
-    chosen = load_config(EvalConfig, None, defaults({k: v for k, v in values.items() if v is not None}, {}))
+    values = {"modules": files or None, "base": base, "expression": stand_in, "head": head}
+    chosen = load_config(PredictConfig, None, defaults({k: v for k, v in values.items() if v is not None}, {}))
     if needs_task:
         return Mixed(parsed, mix, start(chosen, task_set, allow_network=allow_network, force_base=force_base, checked=not new))
     from intarsia import bases
