@@ -32,6 +32,17 @@ def test_a_mask_meets_no_other_change_of_its_weights(masked: tuple[Host, dict[st
         pytest.fail("refused before anything runs")
 
 
+@pytest.mark.parametrize("kind", ["soup", "fixed"])
+def test_nor_by_a_routers_weights(masked: tuple[Host, dict[str, torch.Tensor]], kind: str) -> None:
+    host, _ = masked
+    host.router("r", kind, ["m", "shira"])
+    try:
+        with pytest.raises(CompositionError, match="decides which weights count"), host.using("fuse(m, shira; router=r)"):
+            pytest.fail("refused before anything runs")
+    finally:
+        host.remove("r")
+
+
 @pytest.mark.parametrize("text", ["m >> adapter", "adapter >> m", "m + adapter", "0.5*adapter + m", "1.0*m", "base >> m", "low >> lora", "0.5*lora + low"])
 def test_it_combines_elsewhere(masked: tuple[Host, dict[str, torch.Tensor]], text: str) -> None:
     host, inputs = masked

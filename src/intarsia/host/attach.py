@@ -80,7 +80,7 @@ class Attachment:
         for site, deltas in entry.built.deltas:
             measured = site.port == "mem" and any(getattr(getattr(part, "spec", None), what, False) for what in ("relative", "shifts") for d in deltas for part in d.modules())
             if measured and ".xattn." not in site.name and not isinstance(self._relative(site), nn.Embedding):
-                raise SpecError(f"{site.name} has no table of relative positions as T5's; use the prefix without relative=True")
+                raise SpecError(f"{site.name} has no table of relative positions as T5's; use the prefix without relative=True or shifts=True")
         head = self.record.sites.get("head")
         width = None if head is None else reads_width(head, self.model.get_submodule(head.path))
         stems = [site for site, deltas in entry.built.deltas if any(invertible(delta) for delta in deltas)]
