@@ -20,7 +20,10 @@ weights = st.floats(-10, 10, allow_nan=False).filter(lambda w: abs(w) > 1e-3)
 
 def routed(drawn: tuple[list[Expr], str, int | None, Any]) -> Expr:
     members, router, top, space = drawn
-    return fuse(*members, router=f"router of {router}", top=top, space=space)
+    name = f"router of {router}"
+    while any(ref.name == name for member in members for ref in member.refs()):  # a mixture inside may have drawn the same
+        name += "+"
+    return fuse(*members, router=name, top=top, space=space)
 
 
 def expressions() -> st.SearchStrategy[Expr]:
