@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,11 @@ class Writing:
     def numbers(self) -> list[tuple[str, int]]:
         """Layers in adapters' order: those of one stack after the other."""
         return [(stack, i) for stack, count in self.sites.layers.items() for i in range(count)]
+
+
+def inner(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves of the form under a gate or a scale."""
+    return {leaf.removeprefix("inner."): tensor for leaf, tensor in ours.items() if leaf.startswith("inner.")}
 
 
 def one(found: Sequence[Fields], what: str) -> Fields:

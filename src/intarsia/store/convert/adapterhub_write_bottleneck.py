@@ -15,7 +15,7 @@ from intarsia.sites.address import Site
 from intarsia.store.convert.adapterhub import SLOTS
 from intarsia.store.convert.adapterhub_kinds import COUPLING, THEIRS
 from intarsia.store.convert.adapterhub_legacy import DEFAULTS
-from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, one
+from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, inner, one
 
 #: the slot of a sub-layer from our path of it
 _SLOT_OF: Sequence[tuple[re.Pattern[str], str]] = tuple((re.compile(pattern), slot) for pattern, slot in (
@@ -114,7 +114,7 @@ def _bottleneck(writing: Writing, site: Site, patch: Patch, ours: Mapping[str, T
             extra, fields["use_gating"] = {"gate.weight": ours["gate"][None], "gate.bias": ours["gate_bias"]}, True
         else:
             extra, fields["scaling"] = {"scaling": ours["scale"]}, "learned"
-        ours = {leaf.removeprefix("inner."): tensor for leaf, tensor in ours.items() if leaf.startswith("inner.")}
+        ours = inner(ours)
         form = form.form
     plain = isinstance(form, Bottleneck) and isinstance(form.factor, Dense | Kron) and form.vectors is None and isinstance(op, Add)
     if not plain or not isinstance(form, Bottleneck) or form.activation not in THEIRS or (fields["scaling"] == "learned" and op != Add()):

@@ -12,7 +12,7 @@ from intarsia.errors import ModuleError, listing
 from intarsia.patches import Add, Affine, Gated, LowRank, Renorm
 from intarsia.sites.address import Site
 from intarsia.store.convert.adapterhub_legacy import DEFAULTS
-from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, one
+from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, inner, one
 from intarsia.store.convert.folder import tidy
 
 _PLACES = frozenset((*((sublayer, word) for sublayer in ("attn", "xattn") for word in "qkv"), ("ffn", "up"), ("ffn", "down")))
@@ -34,7 +34,7 @@ def loras(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str, Te
         found: Fields = {"use_gating": False, "use_dora": False}
         if isinstance(form, Gated) and form.read == "input" and not form.masked and op == Add():
             extra = {"gate.weight": ours["gate"][None], "gate.bias": ours["gate_bias"]}
-            ours = {leaf.removeprefix("inner."): tensor for leaf, tensor in ours.items()}
+            ours = inner(ours)
             form, found["use_gating"] = form.form, True
         if isinstance(form, Renorm) and form.whole and not form.scaled_norm and isinstance(form.factor, LowRank) and op == Add():
             extra, found["use_dora"] = {"m.weight": ours["magnitude"][:, None]}, True
@@ -91,9 +91,9 @@ def _at_layers(writing: Writing, leaves: Sequence[tuple[Site, dict[str, Tensor]]
     uneven = any(kind and set(kind) != (every if kind is not cross else {k for k in every if k[0] == "decoder"}) for kind in (words, forward, cross))
     if uneven or any(len(set(map(frozenset, found))) > 1 for found in (forward.values(), [*words.values(), *cross.values()])):
         raise ModuleError(f"layers have it at unlike places ({listing(''.join(sorted(w)) for w in [*words.values(), *forward.values()])}); one configuration cannot say so")
-    matrices, inner = (next(iter(kind.values()), set()) for kind in (words, forward))
+    matrices, feed = (next(iter(kind.values()), set()) for kind in (words, forward))
     first, second = ("down", "up") if swapped else ("up", "down")
     return {
-        "selfattn_lora": bool(words), "attn_matrices": [word for word in "qkv" if word in matrices] or ["q", "v"], "intermediate_lora": first in inner,
-        "output_lora": second in inner, "leave_out": [number for number, key in enumerate(writing.numbers()) if key not in every],
+        "selfattn_lora": bool(words), "attn_matrices": [word for word in "qkv" if word in matrices] or ["q", "v"], "intermediate_lora": first in feed,
+        "output_lora": second in feed, "leave_out": [number for number, key in enumerate(writing.numbers()) if key not in every],
     }, tensors  # fmt: skip

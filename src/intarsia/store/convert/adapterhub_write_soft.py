@@ -13,7 +13,7 @@ from intarsia.patches import Add, Attend, Gated, SubspaceEdit, Tokens
 from intarsia.patches.subspace import orthonormal
 from intarsia.sites.address import Site
 from intarsia.store.convert.adapterhub_kinds import COMBINE, PREFIX_SETS, memories_of, numbered, shared_network
-from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing
+from intarsia.store.convert.adapterhub_parts import Fields, Item, Writing, inner
 
 _PREFIX: Mapping[str, Any] = {"architecture": "prefix_tuning", "bottleneck_size": 512, "cross_prefix": True, "encoder_prefix": True, "init_weights_seed": None,
                               "leave_out": [], "non_linearity": "tanh", "shared_gating": True}  # fmt: skip
@@ -40,13 +40,13 @@ def prefixes(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str,
             raise ModuleError(f"a prefix is written for all layers of a stack; it lacks {listing(site.name for site in memories if site.name not in by_site)}")
         moves = numbered(writing.sites, memories[0])
         for name in here:
-            inner = by_site[name][1]
-            inner = inner.form if isinstance(inner, Gated) else inner
-            if not isinstance(inner, Attend) or (inner.length, inner.dropout, inner.reparameterise) != (form.length, form.dropout, form.reparameterise):
+            other = by_site[name][1]
+            other = other.form if isinstance(other, Gated) else other
+            if not isinstance(other, Attend) or (other.length, other.dropout, other.reparameterise) != (form.length, form.dropout, form.reparameterise):
                 raise ModuleError(f"{name}: one configuration is for all prefixes, here they differ")
-            if inner.shifts != moves:
+            if other.shifts != moves:
                 raise ModuleError(f"{name}: adapters numbers a text behind its prefix where positions are relative (T5), and this one does {'not' if moves else 'so'} (Attend(shifts=True))")
-        tensors |= _set(writing, which, memories, form, [_inner(by_site[site.name][2], gated) for site in memories])
+        tensors |= _set(writing, which, memories, form, [inner(own) if gated else own for own in (by_site[site.name][2] for site in memories)])
     if gated:
         for site, _, ours in items:
             tensors |= {f"{site.path}.prefix_tuning.prefix_gates.{writing.name}.{leaf}": t for leaf, t in (("weight", ours["gate"][None]), ("bias", ours["gate_bias"]))}
@@ -57,10 +57,6 @@ def prefixes(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str,
     flags = {flag: not several or flag in used for flag in ("encoder_prefix", "cross_prefix")}
     config = {**_PREFIX, **flags, "dropout": form.dropout, "flat": form.reparameterise is None, "prefix_length": form.length, "use_gating": gated}
     return {**config, "bottleneck_size": form.reparameterise or 512}, tensors
-
-
-def _inner(ours: Mapping[str, Tensor], gated: bool) -> dict[str, Tensor]:
-    return {leaf.removeprefix("inner."): tensor for leaf, tensor in ours.items() if leaf.startswith("inner.")} if gated else dict(ours)
 
 
 def _set(writing: Writing, which: str, memories: Sequence[Site], form: Attend, ours: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ from intarsia.store.convert.peft_kind import (
     turned,
     write_only,
 )
-from intarsia.store.convert.peft_random import RANDOM
+from intarsia.store.convert.peft_random import RANDOM, diagonal
 from intarsia.store.convert.peft_turns import TURNS
 from intarsia.store.convert.pieces import sparse_leaves
 
@@ -138,11 +138,8 @@ def _shift_theirs(patch: Patch, tensors: Tensors, shape: tuple[int, int]) -> dic
 
 
 def _adalora_back(patch: Patch) -> Fields | None:
-    form, op = patch.form, patch.op
-    if not (isinstance(form, Affine) and isinstance(form.factor, Core) and isinstance(op, Add)):
-        return None
-    factor = form.factor
-    if not (isinstance(factor.frame, Free) and isinstance(factor.core, Diag) and factor.gain is None):
+    form, op, factor = patch.form, patch.op, diagonal(patch)
+    if factor is None or not isinstance(form, Affine) or not isinstance(op, Add):
         return None
     return {"rank": factor.rank, "scale": op.scale, "lora_dropout": form.dropout}
 

@@ -60,10 +60,22 @@ def _vera_theirs(patch: Patch, tensors: Tensors, shape: tuple[int, int]) -> dict
     return {"vera_lambda_b": tensors[GAIN], "vera_lambda_d": tensors[DIAGONAL], "vera_A": tensors[DOWN], "vera_B": tensors[UP]}
 
 
-def framed(patch: Patch) -> bool:
-    """Whether a patch is a diagonal and a gain around two sides."""
+def _core(patch: Patch) -> Core | None:
+    """The factor of a patch that is a diagonal between two sides."""
     factor = patch.form.factor if isinstance(patch.form, Affine) else None
-    return isinstance(factor, Core) and isinstance(factor.frame, Free | Seeded) and isinstance(factor.core, Diag) and factor.gain is not None
+    return factor if isinstance(factor, Core) and isinstance(factor.core, Diag) else None
+
+
+def framed(patch: Patch) -> bool:
+    """Whether a patch is a diagonal between two sides, with a gain."""
+    core = _core(patch)
+    return core is not None and isinstance(core.frame, Free | Seeded) and core.gain is not None
+
+
+def diagonal(patch: Patch) -> Core | None:
+    """The factor of a patch that is a diagonal between two trained sides, without a gain."""
+    core = _core(patch)
+    return core if core is not None and isinstance(core.frame, Free) and core.gain is None else None
 
 
 def with_sides(patch: Patch, places: Mapping[str, tuple[dict[str, Tensor], tuple[int, int]]]) -> dict[str, dict[str, Tensor]]:

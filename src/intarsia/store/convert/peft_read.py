@@ -26,7 +26,7 @@ from intarsia.store.convert.peft_heads import of_heads, read_head
 from intarsia.store.convert.peft_kind import Layer
 from intarsia.store.convert.peft_kinds import KINDS, STARTS, rebased
 from intarsia.store.convert.peft_origin import kept
-from intarsia.store.convert.peft_prompts import EMBEDDINGS, PROMPTS, read_adaption, read_prompt
+from intarsia.store.convert.peft_prompts import EMBEDDINGS, PROMPTS, Read, read_adaption, read_prompt
 from intarsia.store.convert.pieces import Piece, sparse_leaves, together
 from intarsia.store.convert.report import Report
 from intarsia.store.convert.values import base_value, change_at, exact_change
@@ -102,24 +102,18 @@ def assemble(
     inner = {key.removeprefix(PREFIX): t for key, t in tensors.items() if key.startswith(PREFIX)}
     outer = {key: t for key, t in tensors.items() if not key.startswith(PREFIX)}
     shared = {key.removeprefix("base_model."): t for key, t in outer.items()}
-    reading = _Reading(config, Paths(sites, inner), shared, weights)
     if config.kind in PROMPTS:
         inner |= {key: t for key, t in shared.items() if key != EMBEDDINGS}
-        reading.paths = Paths(sites, inner)
-        prompt = read_prompt(config, shared, sites, weights, model)
-        reading.carried += 1
-        reading.pieces += prompt.pieces
-        reading.notes |= dict.fromkeys(prompt.notes)
+    reading = _Reading(config, Paths(sites, inner), shared, weights)
+    if config.kind in PROMPTS:
+        _add_prompt(reading, read_prompt(config, shared, sites, weights, model), 1)
     else:
         unused = sorted(key for key in shared if key not in _SHARED.get(config.kind, ()))
         if unused:
             raise ModuleError(f"{source}: tensors that belong to no layer and to no known part of {config.kind}: {listing(unused)}")
         reading.carried += len(shared)
     if config.kind == "ADAPTION_PROMPT":
-        prompt = read_adaption(inner, sites, weights)
-        reading.carried += len(inner)
-        reading.pieces += prompt.pieces
-        reading.notes |= dict.fromkeys(prompt.notes)
+        _add_prompt(reading, read_adaption(inner, sites, weights), len(inner))
         inner = {}
     layers = _by_layer(reading, inner, source)
     for path, members in layers.items():
@@ -134,6 +128,12 @@ def assemble(
     card = Card(base=str(config["base_model_name_or_path"] or ""), method=method.name, description=text, recipe=kept(config.values, found))
     module = Module(name, method, ours, base, labels, card=card)
     return module, Report(source, config.kind, reading.carried, tuple(reading.left_out), tuple(reading.notes))
+
+
+def _add_prompt(reading: _Reading, prompt: Read, carried: int) -> None:
+    reading.carried += carried
+    reading.pieces += prompt.pieces
+    reading.notes |= dict.fromkeys(prompt.notes)
 
 
 def _method_name(config: Config) -> str:

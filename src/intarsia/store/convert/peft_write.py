@@ -25,8 +25,6 @@ from intarsia.patches import (
     Const,
     Core,
     Dense,
-    Diag,
-    Free,
     LowRank,
     Matrix,
     Rows,
@@ -44,7 +42,7 @@ from intarsia.store.convert.peft_kind import Fields
 from intarsia.store.convert.peft_kinds import KINDS
 from intarsia.store.convert.peft_origin import narrowed, origin, same_file
 from intarsia.store.convert.peft_prompts import write_prompt
-from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, framed, with_sides
+from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, diagonal, framed, with_sides
 from intarsia.store.convert.peft_read import PREFIX, ROWS, assemble
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import value_at
@@ -185,25 +183,23 @@ def _expected_heads(writing: _Writing, task_type: str | None, saved: Iterable[st
 def _by_place(module: Module, writing: _Writing) -> dict[tuple[str, Patch], dict[str, Tensor]]:
     """Tensors by site and patch; a head is left out."""
     patches = {patch.name: patch for patch in module.method.patches}
+    own = {name for name, patch in patches.items() if patch.port == "logits" and _own_head(writing, patch, module)}
     found: dict[tuple[str, Patch], dict[str, Tensor]] = {}
     for key, tensor in module.tensors.items():
         site, _, rest = key.partition("/")
         name, _, leaf = rest.partition(".")
         if site == "tied" or name not in patches:
             raise ModuleError(f"{key!r} is shared by all sites; peft has no place for it. Take the module with host.extract(name, flatten=True)")
-        if patches[name].port == "logits" and _own_head(writing, patches[name], module, site, name):
-            continue
-        if patches[name].port == "logits":
-            text = f"{key} {tuple(tensor.shape)}: a head on the final hidden states; peft keeps only the model class's own"
-            writing.left_out.append(text)
-            continue
-        found.setdefault((site, patches[name]), {})[leaf] = tensor
+        if patches[name].port != "logits":
+            found.setdefault((site, patches[name]), {})[leaf] = tensor
+        elif name not in own:
+            writing.left_out.append(f"{key} {tuple(tensor.shape)}: a head on the final hidden states; peft keeps only the model class's own")
     return found
 
 
-def _own_head(writing: _Writing, patch: Patch, module: Module, site: str, name: str) -> bool:
+def _own_head(writing: _Writing, patch: Patch, module: Module) -> bool:
     """Whether a head is one that the model's class has, which then takes its values."""
-    lead = f"{site}/{name}."
+    lead = f"logits/{patch.name}."
     shapes = {place: found[0].shape for place, found in writing.paths.params.items() if found[0].view is None}
     leaves = {key.removeprefix(lead): tensor for key, tensor in module.tensors.items() if key.startswith(lead)}
     found = write_head(patch.form, leaves, writing.paths.sites.model, shapes)
@@ -279,9 +275,7 @@ def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tenso
     if isinstance(form, Matrix) and isinstance(form.factor, Sparse) and isinstance(op, Add) and ".embed." in f".{site.name}":
         writing.rows[site.name] = (site, _rows_of(site, tensors["factor.index"], tensors["factor.values"] * op.scale))
         return
-    factor = form.factor if isinstance(form, Affine) else None
-    diagonal = isinstance(factor, Core) and isinstance(factor.frame, Free) and isinstance(factor.core, Diag) and factor.gain is None
-    if diagonal and writing.prefer == "LORA":
+    if diagonal(patch) is not None and writing.prefer == "LORA":
         tensors, patch = _product(writing, tensors), _product_patch(patch)
     for kind in sorted(KINDS, key=lambda kind: kind.peft_type != writing.prefer):
         fits = kind.port == patch.port and kind.table in (None, ".embed." in f".{site.name}")
