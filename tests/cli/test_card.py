@@ -140,6 +140,14 @@ def test_an_evaluation_of_something_else_is_refused(cli: Here, file: Path, tmp_p
     cli(*words, str(tmp_path / "none")).error(3)
 
 
+def test_an_evaluation_on_another_base_is_refused(cli: Here, file: Path, tmp_path: Path) -> None:
+    before = file.read_bytes()
+    forced = evaluation(tmp_path / "forced", {"m": load(file).digest}, test=0.5)
+    forced.write_text(json.dumps({**json.loads(forced.read_text()), "forced_base": {"m": "weights: a, found b"}}))
+    assert "measured with --force-base" in cli("card", "set", str(file), "--eval", str(forced)).error(4)
+    assert file.read_bytes() == before
+
+
 def test_show_has_every_statement(cli: Here, file: Path) -> None:
     put_card(file, FULL)
     out = cli("card", "show", str(file)).ok().out

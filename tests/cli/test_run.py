@@ -16,9 +16,10 @@ import pytest
 
 from intarsia import bases, tasks
 from intarsia.cli import main
+from intarsia.cli.folding import without_head
 from intarsia.data import read
 from intarsia.host import Host
-from intarsia.modules import load
+from intarsia.modules import load, save
 from tests.cli.bases import make_base, make_tags, make_topics
 from tests.cli.run import Here, environment, process
 
@@ -218,6 +219,19 @@ def test_another_base_is_refused(cli: Here, room: Path, modules: dict[str, Path]
     assert "warning: module 'lora' belongs to another base (weights" in found.err and rows_of(found.out)[0]["forced_base"] == ["lora"]
     told = cli("eval", *words[1:-2], str(room / "test.csv"), "--force-base", "--json").ok().json
     assert list(told["forced_base"]) == ["lora"]
+
+
+def test_training_on_top_of_a_module_of_another_base_is_said_and_marked(cli: Here, room: Path, modules: dict[str, Path]) -> None:
+    below = room / "below.safetensors"
+    save(without_head(load(modules["pfeiffer"])), below)
+    words = ["train", "--base", str(room / "other"), "--train", str(room / "train.csv"), "--out", str(room / "forced"), "--quiet", "--max-steps", "1", "--name", "top",
+             "-m", str(below), "--new", "mid=bitfit", "--expr", "pfeiffer >> mid >> top", "--card", "licence=CC0-1.0"]  # fmt: skip
+    assert "weights" in cli(*words).error(4)
+    told = cli(*words, "--force-base", "--json").ok()
+    assert "warning: module 'pfeiffer' belongs to another base (weights" in told.err and list(told.json["forced_base"]) == ["pfeiffer"]
+    for file in (Path(told.json["file"]), *(room / "forced" / "along").iterdir()):
+        card = load(file).card
+        assert any("on top of 'pfeiffer', which belongs to another base (weights" in warning for warning in card.warnings), file
 
 
 def test_a_module_on_top_of_another(cli: Here, room: Path, modules: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

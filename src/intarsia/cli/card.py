@@ -118,7 +118,7 @@ def evaluated(file: Path, header: Header) -> Mapping[str, Any]:
 
     Raises:
         DataError: the file cannot be read.
-        ModuleError: it is the evaluation of something else.
+        ModuleError: it is the evaluation of something else, or was made on another base.
     """
     from intarsia._codec import parse_json
 
@@ -126,13 +126,16 @@ def evaluated(file: Path, header: Header) -> Mapping[str, Any]:
         document = parse_json(file.read_bytes(), str(file))
     except OSError as error:
         raise DataError(f"--eval {file}: {error.strerror or error}") from error
-    used = document.get("digests") if isinstance(document, dict) else None
+    told: Mapping[str, Any] = document if isinstance(document, dict) else {}
+    if told.get("forced_base"):
+        raise ModuleError(f"--eval {file}: measured with --force-base, so the numbers are not those of the base that the modules belong to; evaluate on that one")
+    used = told.get("digests")
     if not isinstance(used, dict) or header.digest not in used.values():
         raise ModuleError(f"--eval {file}: not an evaluation of this module ({header.digest[:12]}...); make one with: intarsia eval -m MODULE test=FILE --out {file}")
     others = sorted(name for name, digest in used.items() if digest != header.digest and digest not in header.requires)
     if others:
         raise ModuleError(f"--eval {file}: measured together with {', '.join(others)}, which this module does not require; evaluate it alone")
-    return dict(document)
+    return told
 
 
 def hub_id(base: str) -> str | None:

@@ -131,14 +131,30 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     owner = task_owner([modules[name] for name in order], config.head)
     loaded = bases.load(config.base, head="none" if owner.method.head is not None else None, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    for module in modules.values():
-        host.insert(module, force_base=force_base)
+    forced = inserted(host, modules, force_base=force_base)
     if checked:
         host.call(parsed, head=config.head)  # refused before anything is read
+    return Running(host, str(parsed), config.head, build_task(owner, host, config.task_settings, task_settings), forced)
+
+
+def inserted(host: Host, modules: Mapping[str, Module], *, force_base: bool, marked: str = "what it answers says so") -> dict[str, str]:
+    """Put modules on a host, and warn of those of another base that `force_base` lets through.
+
+    Args:
+        marked: where it stays written.
+
+    Returns:
+        The field that differs by the names of those modules.
+
+    Raises:
+        ModuleError: a module does not fit.
+    """
+    for name, module in modules.items():
+        host.insert(module, name=name, force_base=force_base)
     forced = {name: difference for name, module in modules.items() if (difference := module.base.difference(host.fingerprint))}
     for name, difference in forced.items():
-        Console().warn(f"module {name!r} belongs to another base ({difference}) and runs because of --force-base; what it answers says so")
-    return Running(host, str(parsed), config.head, build_task(owner, host, config.task_settings, task_settings), forced)
+        Console().warn(f"module {name!r} belongs to another base ({difference}) and runs because of --force-base; {marked}")
+    return forced
 
 
 def task_owner(modules: Sequence[Module], head: str | None) -> Module:

@@ -30,7 +30,7 @@ from intarsia.cli.options import (
     read_table,
     reading,
 )
-from intarsia.cli.running import ForceBase, Modules, module_files
+from intarsia.cli.running import ForceBase, Modules, inserted, module_files
 from intarsia.cli.sources import pinned, read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import StoreError, UsageError
@@ -151,9 +151,10 @@ def train(
         chosen = load_config(TrainConfig, config, values | guesses(values, written))
         if modules := pinned(chosen.modules, chosen.expression):
             chosen = chosen.model_copy(update={"modules": modules})
-    result = run(console, chosen, resume=resume is not None, force=force, force_base=force_base, allow_network=allow_network)
+    result, forced = run(console, chosen, resume=resume is not None, force=force, force_base=force_base, allow_network=allow_network)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.result(payload(result, chosen), lambda: _report(console, result, chosen))
+        told = payload(result, chosen) | ({"forced_base": forced} if forced else {})
+        console.result(told, lambda: _report(console, result, chosen))
 
 
 def _one_or_many(given: list[str] | None) -> str | list[str] | None:
@@ -214,8 +215,12 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
 def run(
     console: Console, config: TrainConfig, *, resume: bool, force: bool, force_base: bool, allow_network: bool
-) -> Result:
-    """Train as a configuration says."""
+) -> tuple[Result, dict[str, str]]:
+    """Train as a configuration says.
+
+    Returns:
+        The outcome, and the modules of another base that it was trained on top of, see `running.inserted`; cards name them.
+    """
     from intarsia import bases, tasks
     from intarsia.host import Host
     from intarsia.methods import ROUTERS
@@ -238,8 +243,7 @@ def run(
     task = tasks.build(kind.name, base.tokenizer, table=table, settings=settings, model=base.model)
     check_data(console, task, table, dev, force=force)
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
-    for module in read_modules(config.modules).values():
-        host.insert(module, force_base=force_base)
+    forced = inserted(host, read_modules(config.modules), force_base=force_base, marked="the card of what is trained says so")
     expression = config.expression
     for number, (name, given) in enumerate(config.new.items()):
         host.add(name, method_row(given["method"]).build(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "method"}), seed=config.method_seed + number)
@@ -248,6 +252,11 @@ def run(
         chosen = {**keys_of(config.method, task, table, chosen), **chosen}
         method = host.router_method(config.name, config.method, expression, **chosen)
     host.add(config.name, method if task.head is None else method.with_head(task.head), seed=config.method_seed, roles=config.roles)
+    if forced:
+        marks = tuple(f"trained on top of {name!r}, which belongs to another base ({difference})" for name, difference in forced.items())
+        for name in (config.name, *config.new, *config.along):
+            card = host.extract(name).card
+            host.describe(name, card=replace(card, warnings=tuple(dict.fromkeys((*card.warnings, *marks)))))
     console.note(f"{config.name}: {config.method} on {base.name}, {host.count(host.method(config.name)):,} trainable parameters")
     result = train_module(
         host, config.name, task, table, dev, recipe=recipe, run_dir=config.out, expression=expression, resume=resume,
@@ -257,7 +266,7 @@ def run(
     if config.card and written is not None:
         result = replace(result, module=result.module.with_card(complete(result.module.card, config.card)))
         save(result.module, written)
-    return result
+    return result, forced
 
 
 def method_row(name: str) -> Row:
