@@ -94,6 +94,17 @@ def test_a_head_is_left_out_and_said(cli: Here, room: Path, tmp_path: Path) -> N
         torch.testing.assert_close(by_transformers(tmp_path / "new"), logits(host.model, loaded.tokenizer), atol=2e-5, rtol=1e-5)
 
 
+def test_a_module_of_another_base_is_said_and_marked(cli: Here, room: Path, tmp_path: Path) -> None:
+    make_base(tmp_path / "other", seed=1)
+    words = ["merge", "a", *given(room, "a"), "--base", str(tmp_path / "other"), "--out", str(tmp_path / "new"), "--json"]
+    assert "weights" in cli(*words).error(4)
+    found = cli(*words, "--force-base").ok()
+    assert "warning: module 'a' belongs to another base (weights" in found.err and list(found.json["forced_base"]) == ["a"]
+    assert "**Warning:** 'a' was trained on another base (weights" in (tmp_path / "new" / "README.md").read_text("utf-8")
+    told = cli("explain", "a", *given(room, "a"), "--base", str(tmp_path / "other"), "--force-base", "--json").ok()
+    assert "warning: module 'a'" in told.err and list(told.json["forced_base"]) == ["a"]
+
+
 def test_an_existing_target_is_refused_and_untouched(cli: Here, room: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")

@@ -10,7 +10,7 @@ import typer
 
 from intarsia.cli.console import Console
 from intarsia.cli.options import AllowNetwork
-from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, module_files
+from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, inserted, module_files
 from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import BaseError, CompositionError, listing, nearest
@@ -54,14 +54,13 @@ def explain(
             raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, modules)} given: {listing(modules) or 'none'}")
     loaded = bases.load(base or base_of(files), allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    for value in modules.values():
-        host.insert(value, force_base=force_base)
+    forced = inserted(host, modules, force_base=force_base)
     refused = refusal(host, parsed, head)
     facts = {name: carried(host, name) for name in modules}
     places = [place(site) for site in host.sites.values()]
     folds = "it may not run" if refused else why_not_folded(loaded, host, parsed, modules, force_base=force_base)
     found = told(parsed, facts, places, folds=folds, refusal=None if refused is None else str(refused), head=head)
-    console.result({"base": loaded.name, **payload(found)}, lambda: _show(console, found, host.sites, loaded.name))
+    console.result({"base": loaded.name, **payload(found), **({"forced_base": forced} if forced else {})}, lambda: _show(console, found, host.sites, loaded.name))
     if refused is not None:
         raise refused
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from intarsia.cli.card import hub_id
 from intarsia.cli.console import Console, size_text
 from intarsia.cli.placing import check_free, new_folder
-from intarsia.cli.running import base_of
+from intarsia.cli.running import base_of, inserted
 from intarsia.cli.sources import read_modules
 from intarsia.errors import BaseError, CompositionError, DataError, ModuleError, listing
 
@@ -61,8 +61,7 @@ def checkpoint(
     loaded = bases.load(base or base_of(files), allow_network=allow_network)
     refuse_quantised(loaded)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    for module in headless:
-        host.insert(module, force_base=force_base)
+    forced = inserted(host, {module.name: module for module in headless}, force_base=force_base, marked="its README says so")
     if reason := host.why_not_foldable(parsed):
         raise CompositionError(f"{parsed} cannot become part of the weights: {reason}. Keep it as modules: intarsia predict --expr")
     with host.using(parsed):
@@ -72,6 +71,8 @@ def checkpoint(
         folded.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         card = derived_card(modules, "merge", {"expression": str(parsed), "base": loaded.name}, inside=[loaded.licence])
+        marks = tuple(f"{name!r} was trained on another base ({difference})" for name, difference in forced.items())
+        card = replace(card, warnings=(*card.warnings, *marks))
         (folder / "README.md").write_text(render(card, library="transformers", base_model=hub_id(loaded.name)), "utf-8")
         del folded
         again = bases.load(folder)
@@ -84,7 +85,7 @@ def checkpoint(
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     payload = {
         "out": str(out), "expression": str(parsed), "base": loaded.name, "bytes": size, "heads_left_out": dropped, "probes": len(texts),
-        "largest_difference": largest, "mean_difference": mean, "largest_output": scale,
+        "largest_difference": largest, "mean_difference": mean, "largest_output": scale, **({"forced_base": forced} if forced else {}),
     }  # fmt: skip
 
     def human() -> None:

@@ -24,7 +24,18 @@ from intarsia.cli.options import (
     read_table,
     reading,
 )
-from intarsia.cli.running import BaseName, BatchSize, ForceBase, HeadOf, Modules, Running, defaults, module_files, start
+from intarsia.cli.running import (
+    BaseName,
+    BatchSize,
+    ForceBase,
+    HeadOf,
+    Modules,
+    Running,
+    defaults,
+    inserted,
+    module_files,
+    start,
+)
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError, listing, nearest
 
@@ -454,8 +465,5 @@ def mixture(
 
     loaded = bases.load(chosen.base, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    modules = read_modules(chosen.modules)
-    for value in modules.values():
-        host.insert(value, force_base=force_base)
-    forced = {name: difference for name, value in modules.items() if (difference := value.base.difference(host.fingerprint))}
+    forced = inserted(host, read_modules(chosen.modules), force_base=force_base)
     return Mixed(parsed, mix, Running(host, stand_in, head, None, forced))  # type: ignore[arg-type]  # nobody asks for a task

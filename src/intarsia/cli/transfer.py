@@ -10,7 +10,7 @@ import typer
 from intarsia.cli.console import Console
 from intarsia.cli.evaluate import data_files, interval
 from intarsia.cli.options import AllowNetwork, Columns, Format, TaskSettings, parse_values, read_table, reading
-from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, module_files
+from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, inserted, module_files
 from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError
@@ -62,8 +62,7 @@ def evaluate(
     owner = owner_of(list(modules.values()), head)
     loaded = bases.load(name, head="none" if owner.method.head is not None else None, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
-    for one in modules.values():
-        host.insert(one, force_base=force_base)
+    forced = inserted(host, modules, force_base=force_base)
     settings = reading(columns, None, None, None, None)
     tables = {key: read_table(file, format, settings) for key, file in data_files(list(data)).items()}
     found = compare(
@@ -80,6 +79,8 @@ def evaluate(
     ]  # fmt: skip
     told = reminders(modules, expressions)
     payload = {"base": loaded.name, "results": rows, "digests": {key: one.digest for key, one in modules.items()}, "warnings": told}
+    if forced:
+        payload["forced_base"] = forced
     if out is not None:
         from intarsia._codec import canonical_json
         from intarsia.modules import write_atomic
