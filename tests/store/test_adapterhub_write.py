@@ -135,6 +135,10 @@ def test_direft_is_written_as_what_it_equals(tmp_path: Path) -> None:
             host.remove(left)
 
 
+def zero_gated(layer: str) -> Patch:
+    return Patch(f"own_{layer}", f"{layer}.attn.mem", Attend(3, None, mix="zero_gate"), Concat(), "mem")
+
+
 TWO = Method("two", (Patch("a", "ffn", Bottleneck(4, read="normed")), Patch("c", "stem", Coupling(activation="tanh"), port="in")))
 
 
@@ -142,6 +146,9 @@ TWO = Method("two", (Patch("a", "ffn", Bottleneck(4, read="normed")), Patch("c",
     (build("houlsby"), "changes parameters of the base"), (build("ia3"), "rescales outputs"), (build("lora", at="attn.o"), "only q, k and v"), (build("dora"), "another formula"),
     (build("houlsby", at="attn.q", norms=False), "no bottleneck here"), (build("prompt", length=3), "among the words"), (build("unipelt", length=3, reparameterise=4, reduction=4, rank=2), "count padding"),
     (build("hyperformer", width=4, embedding=8, norms=False), "no form"), (TWO, "one non-linearity"), (build("prefix", length=3, layers="0", reparameterise=None), "it lacks"),
+    (union("twice", build("lora", rank=2, at="attn.q"), build("lora", rank=2, at="attn.q")), "two patches"),
+    (union("twice", build("prefix", length=3, reparameterise=None), build("prefix", length=3, reparameterise=None)), "two patches"),
+    (Method("mixed", (Patch("plain", "0.attn.mem", Attend(3, None), Concat(), "mem"), zero_gated("1"))), "own softmax"),
     (Method("x", (Patch("edit", "ffn", build("loreft").patches[0].form),)), "outputs of blocks"), (build("mh_parallel", width=4), "no bottleneck here"),
 ], ids=lambda value: value.name if isinstance(value, Method) else "")  # fmt: skip
 def test_what_has_no_form_is_refused_and_nothing_is_written(method: Method, message: str, tmp_path: Path) -> None:

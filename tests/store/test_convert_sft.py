@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from intarsia.errors import ModuleError, StoreError
 from intarsia.host import Host
-from intarsia.methods import build
+from intarsia.methods import build, union
 from intarsia.modules import Module, dumps, loads
 from intarsia.sites import fingerprint, resolve
 from intarsia.store.convert import Report, read_sft, write_sft
@@ -121,6 +121,13 @@ def test_damaged_files(value: Any, message: str, tmp_path: Path, monkeypatch: py
     model = base()
     with pytest.raises(ModuleError, match=message):
         read_sft(tmp_path, sites=resolve(model), base=fingerprint(model), weights=model.state_dict(), allow_pickle=True)
+
+
+def test_two_changes_of_one_parameter_are_refused(tmp_path: Path) -> None:
+    model, _ = zoo.make("bert")
+    method = union("twice", build("lt_sft", density=0.1, at="attn.q.weight"), build("lt_sft", density=0.1, at="attn.q.weight"))
+    with pytest.raises(ModuleError, match="two patches"):
+        write_sft(Host(model).add("m", method).extract("m"), tmp_path / "out", sites=resolve(model))
 
 
 @pytest.mark.parametrize("method", ["lora", "pfeiffer", "ia3"])

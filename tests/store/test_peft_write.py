@@ -188,6 +188,13 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(method: str, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", [build("ln"), build("bitfit", at="attn.{q,v}.bias"), build("lt_sft", density=1.0, at="embed.weight")], ids=lambda m: m.name)
+def test_two_changes_of_one_parameter_are_refused(method: Method, tmp_path: Path) -> None:
+    _, module = made("bert", union("twice", method, method))
+    with pytest.raises(ModuleError, match="two patches"):
+        write(module, "bert", tmp_path / "out")
+
+
 def test_two_patches_of_one_layer_are_added_up_first(tmp_path: Path) -> None:
     method = union("two", build("lora", rank=2, at="attn.q"), build("lora", rank=3, at="attn.q"))
     host, module = made("llama", method)

@@ -46,7 +46,7 @@ from intarsia.store.convert.folder import (
     write_folder,
 )
 from intarsia.store.convert.paths import Paths
-from intarsia.store.convert.pieces import Piece, together
+from intarsia.store.convert.pieces import Piece, check_alone, together
 from intarsia.store.convert.report import Report, beside
 
 _LEAVES = {"query.weight": "scorer.query", "query.bias": "scorer.query_bias", "key.weight": "scorer.key", "key.bias": "scorer.key_bias", "value.weight": "value"}
@@ -151,7 +151,9 @@ def write_fusion(module: Module, folder: str | os.PathLike[str], *, sites: SiteM
         if first is not None and (form.parts, form.value) != (first.parts, first.value):
             raise ModuleError("adapters' fusion has the same members and one kind of value for all layers")
         first = form
-        stored |= _written(writing, module, patch, form)
+        for key, tensor in _written(writing, module, patch, form).items():
+            check_alone(stored, key, key)
+            stored[key] = tensor
     if first is None or not stored:
         raise ModuleError(f"{module.name!r} is no router; write_adapterhub writes adapters")
     odd = [part for part in first.parts if not part.replace("_", "").replace("-", "").isalnum()]

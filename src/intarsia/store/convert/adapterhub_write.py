@@ -25,6 +25,7 @@ from intarsia.store.convert.adapterhub_write_lora import loras, scales
 from intarsia.store.convert.adapterhub_write_soft import prefixes, prompts, refts
 from intarsia.store.convert.detect import CONFIG, WEIGHTS
 from intarsia.store.convert.folder import json_bytes, tensor_bytes, write_folder
+from intarsia.store.convert.pieces import check_alone
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import base_value, value_at
 
@@ -69,7 +70,9 @@ def write_adapterhub(
     order = {patch: number for number, patch in enumerate(module.method.patches)}
     for (site, patch), tensors in sorted(places.items(), key=lambda place: order[place[0][1]]):
         if patch.port != "logits" and not _of_class(patch):
-            groups.setdefault(_writer(patch), []).append((sites[site], patch, tensors))
+            items = groups.setdefault(_writer(patch), [])
+            check_alone([item[0].name for item in items], site, site)
+            items.append((sites[site], patch, tensors))
     parts: list[Fields] = []
     stored: dict[str, Tensor] = {}
     for write, items in groups.items():
@@ -136,6 +139,7 @@ def _heads(
                 reason = f"{param} is stored as its new value, and a module holds its change: give weights=model.state_dict()"
             else:
                 assert isinstance(patch.op, Add)
+                check_alone(own, param, param)
                 own[param] = value_at(place, tensors["factor.value"] * patch.op.scale, base_value(weights, place))
         if reason:
             left_out.append(f"the head ({len(tensors)} tensors): {reason}")

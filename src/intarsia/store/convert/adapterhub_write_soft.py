@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import ModuleError, listing
-from intarsia.patches import Add, Attend, Gated, SubspaceEdit, Tokens
+from intarsia.patches import Add, Attend, FormSpec, Gated, SubspaceEdit, Tokens
 from intarsia.patches.subspace import orthonormal
 from intarsia.sites.address import Site
 from intarsia.store.convert.adapterhub_kinds import COMBINE, PREFIX_SETS, memories_of, numbered, shared_network
@@ -22,13 +22,7 @@ _PROMPT: Mapping[str, Any] = {"architecture": "prompt_tuning", "init_weights_see
 
 def prefixes(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str, Tensor]]:
     """The prefixes of all layers, in one set per kind of attention."""
-    form, gated = items[0][1].form, False
-    if isinstance(form, Gated):
-        if form.masked or form.read != "reads":
-            raise ModuleError("adapters' gates of prefixes read what the attention reads and count padding (masked=False); this one does not")
-        form, gated = form.form, True
-    if not isinstance(form, Attend) or form.factor is not None or form.mix != "shared" or form.relative:
-        raise ModuleError("adapters holds keys and values in the attention's own softmax, plain or behind a network; flatten the module: host.extract(name, flatten=True)")
+    form, gated = _plain(items[0][1].form)
     tensors: dict[str, Tensor] = {}
     by_site = {site.name: (site, patch.form, ours) for site, patch, ours in items}
     for which in PREFIX_SETS:
@@ -40,9 +34,8 @@ def prefixes(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str,
             raise ModuleError(f"a prefix is written for all layers of a stack; it lacks {listing(site.name for site in memories if site.name not in by_site)}")
         moves = numbered(writing.sites, memories[0])
         for name in here:
-            other = by_site[name][1]
-            other = other.form if isinstance(other, Gated) else other
-            if not isinstance(other, Attend) or (other.length, other.dropout, other.reparameterise) != (form.length, form.dropout, form.reparameterise):
+            other, gate = _plain(by_site[name][1])
+            if gate != gated or (other.length, other.dropout, other.reparameterise) != (form.length, form.dropout, form.reparameterise):
                 raise ModuleError(f"{name}: one configuration is for all prefixes, here they differ")
             if other.shifts != moves:
                 raise ModuleError(f"{name}: adapters numbers a text behind its prefix where positions are relative (T5), and this one does {'not' if moves else 'so'} (Attend(shifts=True))")
@@ -57,6 +50,18 @@ def prefixes(writing: Writing, items: Sequence[Item]) -> tuple[Fields, dict[str,
     flags = {flag: not several or flag in used for flag in ("encoder_prefix", "cross_prefix")}
     config = {**_PREFIX, **flags, "dropout": form.dropout, "flat": form.reparameterise is None, "prefix_length": form.length, "use_gating": gated}
     return {**config, "bottleneck_size": form.reparameterise or 512}, tensors
+
+
+def _plain(form: FormSpec) -> tuple[Attend, bool]:
+    """A prefix that adapters can hold, and whether it is under a gate."""
+    gated = isinstance(form, Gated)
+    if isinstance(form, Gated):
+        if form.masked or form.read != "reads":
+            raise ModuleError("adapters' gates of prefixes read what the attention reads and count padding (masked=False); this one does not")
+        form = form.form
+    if not isinstance(form, Attend) or form.factor is not None or form.mix != "shared" or form.relative:
+        raise ModuleError("adapters holds keys and values in the attention's own softmax, plain or behind a network; flatten the module: host.extract(name, flatten=True)")
+    return form, gated
 
 
 def _set(writing: Writing, which: str, memories: Sequence[Site], form: Attend, ours: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

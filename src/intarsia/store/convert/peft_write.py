@@ -44,6 +44,7 @@ from intarsia.store.convert.peft_origin import narrowed, origin, same_file
 from intarsia.store.convert.peft_prompts import write_prompt
 from intarsia.store.convert.peft_random import DIAGONAL, DOWN, GAIN, UP, common, diagonal, framed, with_sides
 from intarsia.store.convert.peft_read import PREFIX, ROWS, assemble
+from intarsia.store.convert.pieces import check_alone
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import value_at
 
@@ -268,11 +269,14 @@ def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tenso
     """File one patch at one site under its module path."""
     form, op = patch.form, patch.op
     if isinstance(form, Matrix) and isinstance(form.factor, Dense) and isinstance(op, Add):
-        writing.values[site.path, site.param or "weight"] = (site, tensors["factor.value"] * op.scale)
+        place = (site.path, site.param or "weight")
+        check_alone(writing.values, place, site.name)
+        writing.values[place] = (site, tensors["factor.value"] * op.scale)
         if patch.tag == "norm" or ".norm." in f".{site.name}.":
             writing.norms.add(site.path)
         return
     if isinstance(form, Matrix) and isinstance(form.factor, Sparse) and isinstance(op, Add) and ".embed." in f".{site.name}":
+        check_alone(writing.rows, site.name, site.name)
         writing.rows[site.name] = (site, _rows_of(site, tensors["factor.index"], tensors["factor.values"] * op.scale))
         return
     if diagonal(patch) is not None and writing.prefer == "LORA":
@@ -283,6 +287,7 @@ def _place(writing: _Writing, site: Site, patch: Patch, tensors: dict[str, Tenso
         if fields is None:
             continue
         if isinstance(form, Const) and isinstance(op, Add):
+            check_alone(writing.biases, site.path, site.name)
             writing.biases[site.path] = (op.scale, tensors["value"])
         else:
             writing.layers.setdefault(site.path, []).append((site, Written(kind, fields, kind.theirs(patch, tensors, _matrix(writing, site)))))

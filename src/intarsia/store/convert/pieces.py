@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from intarsia.errors import ModuleError
 from intarsia.methods.method import Method, Patch, Policy, PortName
 from intarsia.modules.terms import spelled
 from intarsia.patches import FormSpec, OpSpec
@@ -53,3 +54,16 @@ def together(name: str, pieces: Sequence[Piece], policy: Policy | None = None, s
 def sparse_leaves(index: Tensor, values: Tensor, size: int) -> dict[str, Tensor]:
     """Leaves of a `Sparse` factor of `size` entries: rising flat positions and their values."""
     return {"factor.index": index.to(torch.int32 if size < 2**31 else torch.int64), "factor.values": values.contiguous()}
+
+
+def check_alone(taken: Container[object], place: object, where: str) -> None:
+    """Refuse a second patch where a peer's file has room for one.
+
+    Args:
+        taken: places that have their patch.
+
+    Raises:
+        ModuleError: `place` is among them.
+    """
+    if place in taken:
+        raise ModuleError(f"{where}: two patches of one kind, and the file has room for one; add what can be added up first: intarsia.modules.arithmetic.scale(module, 1.0)")

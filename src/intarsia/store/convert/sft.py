@@ -27,7 +27,7 @@ from intarsia.store.convert.detect import DIFF
 from intarsia.store.convert.folder import as_float, checked, sound, write_folder
 from intarsia.store.convert.paths import Paths
 from intarsia.store.convert.pickled import read_pickled
-from intarsia.store.convert.pieces import Piece, sparse_leaves, together
+from intarsia.store.convert.pieces import Piece, check_alone, sparse_leaves, together
 from intarsia.store.convert.report import Report, beside
 from intarsia.store.convert.values import base_value, change_at, value_at
 
@@ -193,6 +193,7 @@ def write_sft(
             tensor = torch.zeros(prod(shape), dtype=tensor.dtype).scatter(0, index.long(), tensor).view(shape)
         change = as_float(tensor) * patch.op.scale
         param = f"{site.path}.{site.param}"
+        check_alone({*diffs, *absolute}, param, param)
         if patch.tag != "head":
             diffs[param] = _difference(change.T if site.transposed and change.dim() == 2 else change)
         elif weights is None:
