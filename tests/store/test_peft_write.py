@@ -15,10 +15,10 @@ from torch import Tensor
 
 from intarsia.errors import ModuleError, StoreError
 from intarsia.host import Host
-from intarsia.methods import METHODS, Method, build, union
+from intarsia.methods import METHODS, Method, Patch, build, union
 from intarsia.modules import Module
 from intarsia.modules.arithmetic import scale
-from intarsia.patches import Head
+from intarsia.patches import Head, LowRank, Renorm
 from intarsia.sites import resolve
 from intarsia.store.convert import read_peft, write_peft
 from tests.host.kit import disturb
@@ -186,6 +186,14 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(method: str, tm
     with pytest.raises(ModuleError):
         write(module, "bert", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", [Renorm(LowRank(2), whole=True, scaled_norm=False), Renorm(LowRank(2), whole=True), Renorm(LowRank(2), scaled_norm=False)])
+def test_another_dora_is_refused(form: Renorm, tmp_path: Path) -> None:
+    """AdapterHub's scales the bias with the rows and leaves alpha / r out of the norm."""
+    _, module = made("bert", Method("dora", (Patch("dora", "attn.q", form),)))
+    with pytest.raises(ModuleError, match="has no form in peft"):
+        write(module, "bert", tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", [build("ln"), build("bitfit", at="attn.{q,v}.bias"), build("lt_sft", density=1.0, at="embed.weight")], ids=lambda m: m.name)

@@ -100,8 +100,8 @@ def _dora(config: Config, layer: Layer) -> Made:
 
 def _dora_back(patch: Patch) -> Fields | None:
     form = patch.form
-    if not (isinstance(form, Renorm) and isinstance(form.factor, LowRank)):
-        return None
+    if not (isinstance(form, Renorm) and isinstance(form.factor, LowRank) and form.scaled_norm and not form.whole and patch.op == Add()):
+        return None  # AdapterHub's own DoRA is another formula
     return {"r": form.factor.rank, "scale": form.scale, "lora_dropout": form.dropout, "use_dora": True}
 
 
