@@ -68,6 +68,9 @@ def test_conflicts_are_on_the_card_and_hold_both_ways(store: Store) -> None:
         foe = lora(5, "foe")
         card = Card(conflicts=(foe.digest,))
         check_together({"both": average([foe, lora(6, "friend")], name="both"), "top": lora(7, "top", card=card)})
+    merged = average([lora(7, "top", card=card), foe], name="merged")
+    with pytest.raises(CompositionError, match="'merged' must not be used together with 'foe'"):  # though it is made of it
+        check_together({"foe": foe, "merged": merged})
     assert average([lora(7, "top", card=card), lora(6, "friend")], name="both").card.conflicts == (foe.digest,)
     with pytest.raises(StoreError, match="no 'nobody'"):
         store.add(three, conflicts=["nobody"])

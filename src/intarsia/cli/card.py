@@ -147,10 +147,11 @@ def hub_id(base: str) -> str | None:
 
 def _show(console: Console, header: Header) -> None:
     from intarsia.cli.axes import settings_text
+    from intarsia.modules import readme
 
     card: Card = header.card
     console.line(f"{header.name}  {header.digest}")
-    made_from = ", ".join(f"{name} {digest[:12]}".strip() for name, digest in zip(card.parent_names or [""] * len(card.parents), card.parents))
+    made_from = ", ".join(f"{name} {digest[:12]}".strip() for name, digest in card.named_parents())
     plain = [(name, getattr(card, name)) for name in ("title", "description", "script", "task", "base", "method", "licence", "contact")]
     plain += [("languages", ", ".join(card.languages)), ("intended_use", card.intended_use), ("out_of_scope", card.out_of_scope)]
     plain += [("bias_evaluation", card.bias_evaluation), ("warnings", "; ".join(card.warnings)), ("made from", made_from)]
@@ -162,7 +163,7 @@ def _show(console: Console, header: Header) -> None:
         console.table(head, [[str(i), d.name, d.version or None, d.origin or None, d.licence or None, d.rows, d.sha256[:12] or None] for i, d in enumerate(card.data, 1)])
     if card.metrics:
         console.heading("Metrics")
-        rows = [[m.name, m.split or None, m.language or None, f"{m.value:.4g}", None if m.low is None or m.high is None else f"[{m.low:.4g}, {m.high:.4g}]", m.n,
+        rows = [[m.name, m.split or None, m.language or None, f"{m.value:.4g}", readme.interval_text(m) or None, m.n,
                  ", ".join(map(str, m.seeds)) or None] for m in card.metrics]  # fmt: skip
         console.table(["metric", "split", "language", "value", "95 % interval", "rows", "seeds"], rows)
     if card.missing():

@@ -77,6 +77,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 def _facts(console: Console, header: Header, payload: dict[str, Any], *, verified: bool) -> None:
     from intarsia.cli.axes import patch_rows, settings_text
+    from intarsia.modules.readme import interval_text
 
     method, base = header.method, header.base
     state = "every byte verified" if verified else "tensors not read; --verify checks them"
@@ -92,8 +93,7 @@ def _facts(console: Console, header: Header, payload: dict[str, Any], *, verifie
     if header.requires:
         console.line(f"  requires  {', '.join(header.requires)}")
     for metric in header.card.metrics:
-        interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.4g}, {metric.high:.4g}]"
-        console.line(f"  {metric.name} {metric.split} {metric.language}: {metric.value:.4g}{interval}")
+        console.line(f"  {metric.name} {metric.split} {metric.language}: {metric.value:.4g} {interval_text(metric)}".rstrip())
     if payload["card_missing"]:
         console.line(f"  card      lacks: {', '.join(payload['card_missing'])}")
     rows = list(patch_rows(method))

@@ -166,6 +166,10 @@ class Card:
         if self.parent_names and len(self.parent_names) != len(self.parents):
             raise SpecError(f"card: {len(self.parents)} parents and {len(self.parent_names)} names of them")
 
+    def named_parents(self) -> list[tuple[str, str]]:
+        """Name ("" if unknown) and digest of every module it was made from."""
+        return list(zip(self.parent_names or ("",) * len(self.parents), self.parents))
+
     def gaps(self) -> list[tuple[str, str]]:
         """What a complete card still lacks: where (`licence`, `data.1.origin`, `metrics.2`), and as a phrase."""
         found = [(name, name) for name in _REQUIRED if not getattr(self, name)]

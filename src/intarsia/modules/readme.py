@@ -36,15 +36,14 @@ def render(card: Card, *, library: str = "intarsia", base_model: str | None = No
     parts = [front_matter(card, library, base_model), f"# {_title(card)}"]
     parts += [card.description.strip()] if card.description.strip() else []
     parts += ["".join(f"> **Warning:** {_line(w)}\n" for w in card.warnings).rstrip()] if card.warnings else []
-    names = card.parent_names or ("",) * len(card.parents)
-    parents = ", ".join(f"{name} ({digest})" if name else digest for name, digest in zip(names, card.parents))
+    parents = ", ".join(f"{name} ({digest})" if name else digest for name, digest in card.named_parents())
     about = [("Languages", ", ".join(card.languages)), ("Script", card.script), ("Task", card.task), ("Base", card.base),
              ("Method", card.method), ("Licence", card.licence), ("Contact", card.contact), ("Made from", parents)]
     parts.append(_table(("", ""), [(key, value) for key, value in about if value]))
     for heading, text in (("Intended use", card.intended_use), ("Out of scope", card.out_of_scope), ("Bias evaluation", card.bias_evaluation)):
         parts.append(f"## {heading}\n\n{text.strip() or 'Not stated.'}")
     if card.metrics:
-        rows = [(m.name, m.split, m.language, f"{m.value:.4g}", _interval(m), _text(m.n), ", ".join(map(str, m.seeds))) for m in card.metrics]
+        rows = [(m.name, m.split, m.language, f"{m.value:.4g}", interval_text(m), _text(m.n), ", ".join(map(str, m.seeds))) for m in card.metrics]
         parts.append("## Evaluation\n\n" + _table(("metric", "split", "language", "value", "95 % interval", "rows", "seeds"), rows))
     if card.data:
         sources = [(d.name, d.version, d.origin, d.licence, _text(d.rows), d.sha256) for d in card.data]
@@ -146,7 +145,8 @@ def _title(card: Card) -> str:
     return _line(card.title) or "Untitled module"
 
 
-def _interval(metric: Metric) -> str:
+def interval_text(metric: Metric) -> str:
+    """The 95 % interval, "" if there is none."""
     return "" if metric.low is None or metric.high is None else f"[{metric.low:.4g}, {metric.high:.4g}]"
 
 

@@ -8,6 +8,7 @@ What is not here: languages (`families.py`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,28 +62,31 @@ class Line:
 
 
 class Lineage:
-    """The relations in a store at one moment; of every file the header is read."""
+    """The relations in a store at one moment; of every file the header is read.
+
+    Attributes:
+        problems: why files could not be read; what their modules name is unknown.
+    """
 
     def __init__(self, store: Store) -> None:
-        self.path = store.path
-        self._of: dict[str, Stored] = {}
+        self.problems: list[str] = []
+        self._of: dict[str, tuple[Stored, Header]] = {}
         for entry in store.entries():
-            if entry.header is not None:
-                held = self._of.get(entry.header.digest)
-                if held is None or (entry.names and not held.names):
-                    self._of[entry.header.digest] = entry
+            if entry.header is None:
+                self.problems.append(entry.problem)
+            elif (held := self._of.get(entry.header.digest)) is None or (entry.names and not held[0].names):
+                self._of[entry.header.digest] = (entry, entry.header)
 
     def kin(self, digest: str, title: str = "") -> Kin:
         """What the store knows of a digest."""
-        entry = self._of.get(digest)
-        if entry is None or entry.header is None:
+        if digest not in self._of:
             return Kin(digest, None, (), title)
-        return Kin(digest, entry.sha256, entry.names, title or entry.header.name)
+        entry, header = self._of[digest]
+        return Kin(digest, entry.sha256, entry.names, title or header.name)
 
     def parents(self, header: Header) -> list[Kin]:
         """What a module was made from, by its card."""
-        names = header.card.parent_names or ("",) * len(header.card.parents)
-        return [self.kin(digest, name) for digest, name in zip(header.card.parents, names)]
+        return [self.kin(digest, name) for name, digest in header.card.named_parents()]
 
     def requires(self, header: Header) -> list[Kin]:
         """What a module was trained on top of."""
@@ -90,13 +94,12 @@ class Lineage:
 
     def conflicts(self, header: Header) -> list[Kin]:
         """What a module must not be used together with: its own card says so, or that of the other."""
-        other = [digest for digest, entry in self._of.items() if entry.header is not None and header.digest in entry.header.card.conflicts]
+        other = [digest for digest, (_, held) in self._of.items() if header.digest in held.card.conflicts]
         return [self.kin(digest) for digest in dict.fromkeys((*header.card.conflicts, *other))]
 
     def children(self, digest: str) -> list[Kin]:
         """What was made from a module, or trained on top of it."""
-        found = [d for d, entry in self._of.items() if entry.header is not None and digest in (*entry.header.card.parents, *entry.header.requires)]
-        return [self.kin(each) for each in found]
+        return [self.kin(other) for other, (_, header) in self._of.items() if digest in _named(header)]
 
     def lines(self, digest: str | None = None) -> Iterator[Line]:
         """The tree below one module, or below all from which nothing was made; a module drawn before is not drawn out again.
@@ -108,8 +111,7 @@ class Lineage:
         waiting: list[tuple[int, str, Kin]] = [(0, "", self.kin(root)) for root in reversed(roots)]
         while waiting:
             depth, relation, kin = waiting.pop()
-            entry = self._of.get(kin.digest)
-            header = None if entry is None else entry.header
+            header = self._of[kin.digest][1] if kin.digest in self._of else None
             seen = kin.digest in drawn
             yield Line(depth, relation, kin, header, seen)
             if header is None or seen:
@@ -120,8 +122,8 @@ class Lineage:
 
     def _roots(self) -> list[str]:
         """Digests of modules that no other one names; of a circle, which has none, the first one."""
-        named = {d for entry in self._of.values() if entry.header is not None for d in (*entry.header.card.parents, *entry.header.requires)}
-        order = sorted(self._of, key=lambda d: (self._of[d].names or ("~",), d))
+        named = {digest for _, header in self._of.values() for digest in _named(header)}
+        order = sorted(self._of, key=lambda d: (self._of[d][0].names or ("~",), d))
         roots = [digest for digest in order if digest not in named]
         reached = set(roots)
         while True:
@@ -137,12 +139,15 @@ class Lineage:
         waiting = list(start)
         while waiting:
             digest = waiting.pop()
-            entry = self._of.get(digest)
-            if digest in reached or entry is None or entry.header is None:
-                continue
-            reached.add(digest)
-            waiting += [*entry.header.card.parents, *entry.header.requires]
+            if digest not in reached and digest in self._of:
+                reached.add(digest)
+                waiting += _named(self._of[digest][1])
         return reached
+
+
+def _named(header: Header) -> tuple[str, ...]:
+    """Digests of what a module was made from and trained on top of."""
+    return (*header.card.parents, *header.requires)
 
 
 def origin(header: Header) -> dict[str, Any]:
@@ -168,8 +173,6 @@ def check_together(modules: Mapping[str, Any]) -> None:
     Raises:
         CompositionError: names both.
     """
-    held = {digest: name for name, each in modules.items() for digest in (*each.card.parents, each.digest)}
-    for name, each in modules.items():
-        for digest in each.card.conflicts:
-            if held.get(digest, name) != name:
-                raise CompositionError(f"{name!r} must not be used together with {held[digest]!r}: its card names it among its conflicts; leave one of them out")
+    for (name, each), (other, held) in itertools.permutations(modules.items(), 2):
+        if not set(each.card.conflicts).isdisjoint((*held.card.parents, held.digest)):
+            raise CompositionError(f"{name!r} must not be used together with {other!r}: its card names it among its conflicts; leave one of them out")
