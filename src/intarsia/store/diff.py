@@ -29,6 +29,7 @@ from intarsia.errors import ModuleError, StoreError
 from intarsia.modules import Module, write_atomic
 from intarsia.modules.merging import matrix
 from intarsia.modules.terms import Term, layer_of, terms, total
+from intarsia.store.pointers import order
 
 What = Literal["change", "relative change", "stored tensors"]
 Get = Callable[[], Tensor]
@@ -93,7 +94,7 @@ class Comparison:
         found: dict[str, list[Compared]] = {}
         for place in self.places:
             found.setdefault(place.layer, []).append(place)
-        return [_together(layer, parts) for layer, parts in sorted(found.items(), key=lambda item: _order(item[0]))]
+        return [_together(layer, parts) for layer, parts in sorted(found.items(), key=lambda item: order(item[0]))]
 
     @property
     def whole(self) -> Compared:
@@ -153,7 +154,7 @@ def _same(tensor: Tensor) -> Tensor:
 def _places(ours: Mapping[str, tuple[What, Get]], theirs: Mapping[str, tuple[What, Get]]) -> list[Compared]:
     """One place after the other, so that no more than two changes are in memory."""
     found = []
-    for place in sorted({*ours, *theirs}, key=_order):
+    for place in sorted({*ours, *theirs}, key=order):
         what = (ours.get(place) or theirs[place])[0]
         first, second = (held[place][1]() if place in held else None for held in (ours, theirs))
         found.append(_compared(place, what, first, second))
@@ -188,11 +189,6 @@ def _together(name: str, parts: Sequence[Compared]) -> Compared:
 
 def _cosine(product: float, one: float, other: float) -> float | None:
     return max(-1.0, min(1.0, product / (one * other))) if one > 0 and other > 0 else None
-
-
-def _order(name: str) -> list[tuple[int, int, str]]:
-    """Numbers by size: layer 2 before layer 10."""
-    return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in name.replace("/", ".").replace(" ", ".").split(".")]
 
 
 def picture(found: Comparison, path: str | os.PathLike[str]) -> Path:

@@ -23,6 +23,11 @@ class Stored:
     header: Header | None
     problem: str = ""
 
+    @property
+    def title(self) -> str:
+        """Its first name, else the first digits of its sha256."""
+        return self.names[0] if self.names else self.sha256[:12]
+
 
 @dataclass(frozen=True, slots=True)
 class Collected:

@@ -62,17 +62,18 @@ def language_tree(entries: Iterable[Stored], groups: Groups | None = None, *, wh
     for entry in entries:
         if entry.header is None:
             continue
-        title = [next((name for name in entry.names), entry.sha256[:12])]
         tags = languages_of(entry.header)
         for tag in tags:
             leaf = _leaf(root, code_of(tag), groups)
-            leaf.modules += [each for each in title if each not in leaf.modules]
+            if entry.title not in leaf.modules:
+                leaf.modules.append(entry.title)
             leaf.scripts |= scripts([tag], entry.header.card.script)
         if not tags:
-            root.below.setdefault(OTHER, Branch(OTHER)).modules += title
-    for code in groups or ():
-        if whole or _meets(root, groups or {}, code):
-            _leaf(root, code, groups)
+            root.below.setdefault(OTHER, Branch(OTHER)).modules.append(entry.title)
+    if groups is not None:
+        for code in groups:
+            if whole or _meets(root, groups, code):
+                _leaf(root, code, groups)
     _count(root, groups is not None)
     return root if whole else _pruned(root)
 

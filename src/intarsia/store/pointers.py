@@ -188,7 +188,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def order(version: str) -> list[tuple[int, int, str]]:
-    """Where a version stands among others: numbers before words, numbers by size: 2 before 10, 1.0 before 1.0.1."""
+    """Where a version, or another text with numbers, stands among others: numbers before words, numbers by size: 2 before 10, 1.0 before 1.0.1."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"[0-9]+|[^0-9]+", version)]
 
 

@@ -108,7 +108,7 @@ class FolderRemote:
         return list(self.store.labels(name))
 
     def pointer(self, name: str, label: str) -> str | None:
-        return self.store.labels(name).get(label)
+        return self.store.pointer(name, label)
 
     def by_digest(self, digest: str) -> str | None:
         if self._digests is None:
@@ -148,7 +148,7 @@ class FileSystemRemote:
         return sorted(decoded(entry, folder) for entry in self._entries(folder))
 
     def listed(self, name: str) -> list[str]:
-        return [entry for entry in self._entries(f"{self._root}/names/{encoded(check_store_name(name))}") if check_label(entry)]
+        return [check_label(entry) for entry in self._entries(f"{self._root}/names/{encoded(check_store_name(name))}")]
 
     def pointer(self, name: str, label: str) -> str | None:
         return self._pointer(self._label(name, label))

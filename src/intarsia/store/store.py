@@ -140,7 +140,7 @@ class Store:
             ModuleError: the bytes do not have the hash, or are no module.
         """
         sha256 = self.resolve(reference)
-        return loads(self._bytes(sha256), source=str(self._blob(sha256)))
+        return loads(self.read(sha256), source=str(self._blob(sha256)))
 
     def file(self, reference: str) -> Path:
         """The verified file of a module, to be read and not to be changed.
@@ -149,12 +149,22 @@ class Store:
             StoreError, ModuleError: see `get`.
         """
         sha256 = self.resolve(reference)
-        self._bytes(sha256)
+        self.read(sha256)
         return self._blob(sha256)
 
     def read(self, sha256: str) -> bytes:
-        """The verified bytes of a module's file."""
-        return self._bytes(sha256)
+        """The verified bytes of a module's file.
+
+        Raises:
+            StoreError: it is not here.
+            ModuleError: the bytes do not have the hash.
+        """
+        size = self._header(sha256).size
+        data = read_regular(self._blob(sha256), size + 1)
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise ModuleError(f"store: {self._blob(sha256)} is damaged: its sha256 is {found[:12]}..., the name says {sha256[:12]}...; add the module again")
+        return data
 
     def holds(self, sha256: str) -> bool:
         """Whether a file with this hash is here; it is not read."""
@@ -162,18 +172,30 @@ class Store:
 
     def by_digest(self) -> dict[str, list[str]]:
         """sha256 of the files by the digest of the module in them: two files of one module differ in the card only."""
-        return self._by_digest()
+        found: dict[str, list[str]] = {}
+        for sha256 in self._hashes():
+            with contextlib.suppress(IntarsiaError):  # a damaged file holds no module; if it is reached, `_reached` refuses
+                found.setdefault(self._header(sha256).digest, []).append(sha256)
+        return found
 
     def missing(self, digests: Sequence[str]) -> list[str]:
         """Which of these digests no module in the store has."""
         if not digests:
             return []
-        here = self._by_digest()
+        here = self.by_digest()
         return [digest for digest in digests if digest not in here]
+
+    def names_of(self, sha256: str) -> list[str]:
+        """`name@version` and `name@tag` that point at a file."""
+        return [f"{name}@{label}" for name, held in self.names().items() for label, value in held.items() if value == sha256]
 
     def labels(self, name: str) -> dict[str, str]:
         """Versions and tags of a name with the sha256 each holds; empty if there is no such name."""
         return self._pointers.labels(name)
+
+    def pointer(self, name: str, label: str) -> str | None:
+        """The sha256 behind `name@label`, None if there is none."""
+        return self._pointers.read(name, label)
 
     def check_free(self, labels: Sequence[Label]) -> None:
         """Refuse names that cannot be written here.
@@ -255,7 +277,7 @@ class Store:
         problems, digests, required = [], set(), {}
         for sha256 in sorted(named | set(self._hashes())) if reference is None else [self.resolve(reference)]:
             try:
-                module = loads(self._bytes(sha256), source=str(self._blob(sha256)))
+                module = loads(self.read(sha256), source=str(self._blob(sha256)))
             except IntarsiaError as error:
                 problems.append(str(error))
                 continue
@@ -263,7 +285,7 @@ class Store:
             if sha256 in named or reference is not None:  # one without a name may be on its way
                 required.update(dict.fromkeys(module.requires, sha256))
         if reference is not None and required:
-            digests = set(self._by_digest())
+            digests = set(self.by_digest())
         problems += [f"module {by} requires digest {digest}, which is not in the store" for digest, by in required.items() if digest not in digests]
         return problems
 
@@ -333,11 +355,11 @@ class Store:
         target = Path(path)
         if os.path.lexists(target):
             raise StoreError(f"cannot export to {target}: it exists; give a new file name")
-        data = self._bytes(self.resolve(reference))
+        data = self.read(self.resolve(reference))
         return write_atomic(target, [data], len(data))
 
     def _reached(self, start: set[str]) -> set[str]:
-        by_digest = self._by_digest()
+        by_digest = self.by_digest()
         reached: set[str] = set()
         waiting = list(start)
         while waiting:
@@ -351,14 +373,6 @@ class Store:
                 raise StoreError(f"store: nothing was removed, because what a module requires is unknown: {error}") from error
             waiting += [other for digest in header.requires for other in by_digest.get(digest, ())]
         return reached
-
-    def _by_digest(self) -> dict[str, list[str]]:
-        """Blobs by the digest of the module: two differ in the card only."""
-        found: dict[str, list[str]] = {}
-        for sha256 in self._hashes():
-            with contextlib.suppress(IntarsiaError):  # a damaged file holds no module; if it is reached, `_reached` refuses
-                found.setdefault(self._header(sha256).digest, []).append(sha256)
-        return found
 
     def _free_version(self, name: str, version: str | None, sha256: str) -> str:
         versions = self._pointers.versions(name)
@@ -376,21 +390,13 @@ class Store:
         path = self._blob(sha256)
         if os.path.lexists(path):
             try:
-                self._bytes(sha256)
+                self.read(sha256)
             except ModuleError:
                 pass  # damaged: write it again
             else:
                 os.utime(path)  # the grace period begins anew
                 return
         write_atomic(path, [data], len(data))
-
-    def _bytes(self, sha256: str) -> bytes:
-        size = self._header(sha256).size
-        data = read_regular(self._blob(sha256), size + 1)
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise ModuleError(f"store: {self._blob(sha256)} is damaged: its sha256 is {found[:12]}..., the name says {sha256[:12]}...; add the module again")
-        return data
 
     def _header(self, sha256: str) -> Header:
         path = self._blob(sha256)

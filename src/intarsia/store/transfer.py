@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intarsia.errors import ModuleError, StoreError, UsageError, listing, nearest
+from intarsia.modules import read_header
 from intarsia.store.bundle import LARGEST, is_bundle, read_bundle, write_bundle
 from intarsia.store.entry import Label
 from intarsia.store.pointers import LATEST, check_store_name, is_version, order
@@ -187,15 +188,11 @@ def _folder(store: Store, folder: Path, allow_missing: bool) -> Moved:
 
 def _files(store: Store, paths: Sequence[Path], allow_missing: bool) -> Moved:
     """Module files in an order in which what is required comes first."""
-    from intarsia.modules import read_header
-
     headers = {path: read_header(path) for path in paths}
-    by_digest = {header.digest: path for path, header in headers.items()}
     ordered: list[Path] = []
     while rest := [path for path in paths if path not in ordered]:
-        waiting = {by_digest.get(digest) for path in rest for digest in (headers[path].digest,)}
-        ready = [path for path in rest if not any(by_digest.get(digest) in waiting for digest in headers[path].requires)]
-        ordered += ready or rest
+        waiting = {headers[path].digest for path in rest}
+        ordered += [path for path in rest if waiting.isdisjoint(headers[path].requires)] or rest
     hashes, labels = [], []
     for path in ordered:
         sha256 = store.add(path, allow_missing=allow_missing)
