@@ -181,3 +181,5 @@ def test_errors_are_one_line(cli: Here, file: Path, place: Path, tmp_path: Path)
     assert "1 problem" in cli("store", "verify").error(4)
     listed = cli("store", "ls", "--json").ok()
     assert listed.json[0]["problem"] and "warning: " in listed.err
+    for words in (("ls", "--task", "x"), ("tree",), ("tree", "--languages")):
+        assert "warning: " in cli("store", *words).ok().err, "what cannot be read is left out, and said"

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console, size_text
-from intarsia.cli.options import AllowNetwork, Settings, TaskSettings, parse_pairs, parse_settings, parse_values
+from intarsia.cli.options import (
+    AllowNetwork,
+    Settings,
+    StoreFolder,
+    TaskSettings,
+    parse_pairs,
+    parse_settings,
+    parse_values,
+)
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError
 
@@ -21,7 +29,6 @@ if TYPE_CHECKING:
 Texts = Annotated[list[Path], typer.Argument(help="Text in the language: .txt, a Bible (.tsv, .xml), UDHR (.html), a treebank (.conllu), or a corpus folder.")]
 Language = Annotated[str, typer.Option("--language", "--iso", "-l", help="Its BCP-47 tag or ISO 639 code: kab, kab-Latn.")]
 BaseOf = Annotated[str, typer.Option("--base", help="A folder, a name of `intarsia bases`, or a hub id.")]
-StoreFolder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
 TypologyOf = Annotated[
     str | None, typer.Option("--typology", help="'uriel' (extra: typology), a CSV file with a column 'iso', or 'none'.", show_default="uriel if it is installed")
 ]

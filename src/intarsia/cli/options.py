@@ -24,6 +24,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML, T
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; may be given several times.")
 ]
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
 TaskSettings = Annotated[
     list[str] | None, typer.Option("--task-set", metavar="KEY=VALUE", help="A setting of the task; may be given several times.")
 ]

@@ -13,6 +13,7 @@ from intarsia.errors import StoreError
 if TYPE_CHECKING:
     from intarsia.compose import Expr
     from intarsia.modules import Header, Module
+    from intarsia.store.store import Store
 
 PREFIX = "store:"
 
@@ -65,7 +66,7 @@ def read_modules(files: Mapping[str, str]) -> dict[str, Module]:
     from intarsia.store.store import Store
 
     store = Store()
-    found = {name: _read(store, name, where) if where.startswith(PREFIX) else load(where, name=name) for name, where in files.items()}
+    found = {name: store.get(where.removeprefix(PREFIX)).rename(name) if where.startswith(PREFIX) else load(where, name=name) for name, where in files.items()}
     check_together(found)
     for name, module in found.items():
         if files[name].startswith(PREFIX):
@@ -73,18 +74,9 @@ def read_modules(files: Mapping[str, str]) -> dict[str, Module]:
     return found
 
 
-def _read(store: object, name: str, where: str) -> Module:
-    from intarsia.store.store import Store
-
-    assert isinstance(store, Store)
-    return store.get(where.removeprefix(PREFIX)).rename(name)
-
-
-def _check_required(store: object, name: str, module: Module, given: Mapping[str, Module]) -> None:
+def _check_required(store: Store, name: str, module: Module, given: Mapping[str, Module]) -> None:
     from intarsia.cli.console import Console
-    from intarsia.store.store import Store
 
-    assert isinstance(store, Store)
     absent = [digest for digest in module.requires if digest not in {each.digest for each in given.values()}]
     if not absent:
         return

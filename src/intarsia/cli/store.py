@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console, size_text
+from intarsia.cli.options import StoreFolder
 from intarsia.cli.verb import verb
 from intarsia.errors import ModuleError
 
 if TYPE_CHECKING:
     from intarsia.store.entry import Stored
+    from intarsia.store.store import Store
 
-Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
 AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Go on although a required module is not there.")]
 Reference = Annotated[str, typer.Argument(help="A name, name@version, name@tag, or 8 or more first digits of the sha256.")]
 
@@ -43,14 +44,14 @@ def add(
     tags: Annotated[list[str] | None, typer.Option("--tag", help="A tag to move to it; may be repeated.")] = None,
     conflicts: Annotated[list[str] | None, typer.Option("--conflicts", help="A module of the store it must not be used together with; may be repeated.")] = None,
     allow_missing: AllowMissing = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Verify a module file and keep it."""
     from intarsia.store.store import Store
 
     place = Store(store)
     sha256 = place.add(file, name=name, version=version, tags=tags or (), conflicts=conflicts or (), allow_missing=allow_missing)
-    names = [f"{each}@{label}" for each, held in place.names().items() for label, value in held.items() if value == sha256]
+    names = place.names_of(sha256)
     console.result({"sha256": sha256, "names": names, "store": str(place.path)}, lambda: console.line(f"{sha256[:12]}  {', '.join(names)}"))
 
 
@@ -62,17 +63,18 @@ def ls(
     base: Annotated[str | None, typer.Option("--base", help="Base, as in the card or the fingerprint.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Name of the method.")] = None,
     domain: Annotated[str | None, typer.Option("--domain", help="The role domain.")] = None,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """List modules; only headers are read."""
+    from intarsia.store.finding import Query
     from intarsia.store.store import Store
 
     place = Store(store)
     asked = {"language": language, "script": script, "task": task, "base": base, "method": method, "domain": domain}
-    found = place.find(**asked) if any(value is not None for value in asked.values()) else place.entries()
-    for entry in found:
-        if entry.problem:
-            console.warn(entry.problem)
+    found = readable(console, place)
+    if any(value is not None for value in asked.values()):
+        query = Query(**asked)
+        found = [entry for entry in found if entry.header is not None and query.fits(entry.header)]
     rows = [_summary(entry) for entry in found]
     head = ["module", "names", "method", "languages", "task", "base", "size"]
 
@@ -88,7 +90,7 @@ def ls(
     console.result(rows, human)
 
 
-def show(console: Console, module: Reference, store: Folder = None) -> None:
+def show(console: Console, module: Reference, store: StoreFolder = None) -> None:
     """Show what a module says of itself, its names and its relations.  The tensors are not read."""
     from intarsia.cli.module import _facts, describe
     from intarsia.store.lineage import Lineage, origin
@@ -97,8 +99,10 @@ def show(console: Console, module: Reference, store: Folder = None) -> None:
     place = Store(store)
     sha256 = place.resolve(module)
     header = place.header(sha256)
-    names = [f"{each}@{label}" for each, held in place.names().items() for label, value in held.items() if value == sha256]
+    names = place.names_of(sha256)
     known = Lineage(place)
+    for problem in known.problems:
+        console.warn(problem)
     kin = {"made from": known.parents(header), "requires": known.requires(header), "conflicts": known.conflicts(header), "needed by": known.children(header.digest)}
     relations = {what: [{"digest": each.digest, "sha256": each.sha256, "names": list(each.names), "title": each.title} for each in found] for what, found in kin.items()}
     payload = {"sha256": sha256, "names": names, **describe(header), "relations": relations, "origin": origin(header)}
@@ -114,7 +118,7 @@ def show(console: Console, module: Reference, store: Folder = None) -> None:
     console.result(payload, human)
 
 
-def verify(console: Console, module: Annotated[str | None, typer.Argument(help="One module; without it, all.")] = None, store: Folder = None) -> None:
+def verify(console: Console, module: Annotated[str | None, typer.Argument(help="One module; without it, all.")] = None, store: StoreFolder = None) -> None:
     """Read modules and check every byte, that what they require is there, and what their cards lack."""
     from intarsia.store.store import Store
 
@@ -125,7 +129,7 @@ def verify(console: Console, module: Annotated[str | None, typer.Argument(help="
             console.note(problem)
         raise ModuleError(f"store {place.path}: {len(problems)} problem{'s' * (len(problems) > 1)}: {problems[0]}")
     entries = [entry for entry in place.entries() if entry.header is not None and (module is None or entry.sha256 == place.resolve(module))]
-    lacking = {entry.names[0] if entry.names else entry.sha256[:12]: entry.header.card.missing() for entry in entries if entry.header is not None}
+    lacking = {entry.title: entry.header.card.missing() for entry in entries if entry.header is not None}
     lacking = {name: missing for name, missing in lacking.items() if missing}
 
     def human() -> None:
@@ -141,7 +145,7 @@ def tag(
     module: Annotated[str, typer.Argument(help="A name, name@version or name@tag.")],
     tag: Annotated[str, typer.Argument(help="The tag, such as 'best'.")],
     if_match: Annotated[str | None, typer.Option("--if-match", help="Only if the tag holds the sha256 that begins so, or 'none'.")] = None,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Move a tag to a version of a name."""
     from intarsia.store.store import Store
@@ -151,7 +155,7 @@ def tag(
     console.result({"sha256": sha256, "tag": f"{name}@{tag}"}, lambda: console.line(f"{sha256[:12]}  {name}@{tag}"))
 
 
-def rm(console: Console, module: Annotated[str, typer.Argument(help="name@version, name@tag, or a name with all of them.")], store: Folder = None) -> None:
+def rm(console: Console, module: Annotated[str, typer.Argument(help="name@version, name@tag, or a name with all of them.")], store: StoreFolder = None) -> None:
     """Remove names; the bytes stay until `gc`."""
     from intarsia.store.store import Store
 
@@ -163,7 +167,7 @@ def gc(
     console: Console,
     grace: Annotated[float, typer.Option("--grace", help="Keep what is younger, in seconds.")] = 3600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Remove modules that no name reaches, directly or because another module requires them."""
     from intarsia.store.store import Store
@@ -172,6 +176,15 @@ def gc(
     said = "would remove" if dry_run else "removed"
     payload = {"removed": done.removed, "kept": done.kept, "freed": done.freed, "dry_run": dry_run}
     console.result(payload, lambda: console.line(f"{said} {len(done.removed)}, {size_text(done.freed)}; kept {done.kept}"))
+
+
+def readable(console: Console, place: Store) -> list[Stored]:
+    """Every module of a store, with a warning for each that cannot be read: what is in it is not known."""
+    found = place.entries()
+    for entry in found:
+        if entry.problem:
+            console.warn(entry.problem)
+    return found
 
 
 def _summary(entry: Stored) -> dict[str, Any]:

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console
+from intarsia.cli.options import StoreFolder
+from intarsia.cli.store import AllowMissing
 from intarsia.errors import UsageError
 
 if TYPE_CHECKING:
     from intarsia.store.transfer import Moved
 
-Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
 References = Annotated[list[str] | None, typer.Argument(help="Names, name@version or name@tag; what they require goes with them.", metavar="[MODULE]...")]
 RemoteUrl = Annotated[str, typer.Argument(help="A store's folder, hf://USER/REPOSITORY, or a URL of fsspec such as s3://BUCKET/PATH.", metavar="REMOTE")]
 Everything = Annotated[bool, typer.Option("--all", help="Every module under every name.")]
 Network = Annotated[bool, typer.Option("--allow-network", help="The remote may be reached over the network.")]
-MaxBytes = Annotated[int, typer.Option("--max-bytes", help="Refuse files that announce more.", min=1, show_default="2 GiB")]
-AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Go on although a required module is not there.")]
-LARGEST = 2 << 30
+MaxBytes = Annotated[int | None, typer.Option("--max-bytes", help="Refuse files that announce more.", min=1, show_default="2 GiB")]
 
 
 def export(
@@ -28,7 +27,7 @@ def export(
     words: Annotated[list[str], typer.Argument(help="Modules, and the new file: .tar for a bundle with names and what is required.", metavar="MODULE... FILE")],
     everything: Everything = False,
     allow_missing: AllowMissing = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Copy a module's file out of the store, verified; or several modules into one bundle.
 
@@ -51,15 +50,16 @@ def export(
 def take(
     console: Console,
     place: Annotated[Path, typer.Argument(help="A module file, a bundle (.tar), a folder of module files, or another store's folder.")],
-    max_bytes: MaxBytes = LARGEST,
+    max_bytes: MaxBytes = None,
     allow_missing: AllowMissing = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Take modules into the store, every byte verified; of a damaged or hostile bundle nothing is taken."""
+    from intarsia.store.bundle import LARGEST
     from intarsia.store.store import Store
     from intarsia.store.transfer import take as taken
 
-    moved = taken(Store(store), place, limit=max_bytes, allow_missing=allow_missing)
+    moved = taken(Store(store), place, limit=max_bytes or LARGEST, allow_missing=allow_missing)
     console.result(_payload(moved), lambda: _report(console, moved, "in the store"))
 
 
@@ -70,7 +70,7 @@ def push(
     everything: Everything = False,
     allow_network: Network = False,
     allow_missing: AllowMissing = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Send modules to a remote, with what they require; each file is read back and compared.
 
@@ -90,20 +90,21 @@ def pull(
     modules: References = None,
     everything: Everything = False,
     allow_network: Network = False,
-    max_bytes: MaxBytes = LARGEST,
+    max_bytes: MaxBytes = None,
     allow_missing: AllowMissing = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Fetch modules from a remote, with what they require; every byte is verified before a name points at it.
 
     intarsia store pull hf://user/modules topics --allow-network
     """
+    from intarsia.store.bundle import LARGEST
     from intarsia.store.remote import open_remote
     from intarsia.store.store import Store
     from intarsia.store.transfer import pull as pulled
 
     place = open_remote(remote, allow_network=allow_network)
-    moved = pulled(Store(store), place, modules or (), everything=everything, limit=max_bytes, allow_missing=allow_missing)
+    moved = pulled(Store(store), place, modules or (), everything=everything, limit=max_bytes or LARGEST, allow_missing=allow_missing)
     console.result({"remote": remote, **_payload(moved)}, lambda: _report(console, moved, "in the store"))
 
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console
+from intarsia.cli.options import StoreFolder
+from intarsia.cli.store import readable
 from intarsia.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from intarsia.store.diff import Compared
     from intarsia.store.families import Branch, Groups
     from intarsia.store.lineage import Line
+    from intarsia.store.store import Store
 
-Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="$INTARSIA_STORE or ~/.local/share/intarsia")]
 
 
 def tree(
@@ -26,7 +28,7 @@ def tree(
         Path | None, typer.Option("--families", help="With --languages: Glottolog's CLDF folder, or a CSV file with the columns iso and family ('Afro-Asiatic>Berber').")
     ] = None,
     missing: Annotated[bool, typer.Option("--missing", help="With --languages: show languages without modules too.")] = False,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Show what modules were made from and trained on top of; or which languages have modules.
 
@@ -45,6 +47,8 @@ def tree(
     from intarsia.store.lineage import Lineage
 
     lineage = Lineage(place)
+    for problem in lineage.problems:
+        console.warn(problem)
     lines = list(lineage.lines(None if module is None else place.header(module).digest))
     console.result([_line_payload(line) for line in lines], lambda: _lineage(console, lines, str(place.path)))
 
@@ -74,7 +78,7 @@ def _line_payload(line: Line) -> dict[str, Any]:
     return {"depth": line.depth, "relation": line.relation or None, "digest": kin.digest, "sha256": kin.sha256, "names": list(kin.names), "title": kin.title, "seen": line.seen, **told}
 
 
-def _languages(console: Console, place: Any, families: Path | None, missing: bool) -> None:
+def _languages(console: Console, place: Store, families: Path | None, missing: bool) -> None:
     from intarsia.store.families import language_tree
 
     groups, source = family_data(families)
@@ -82,7 +86,7 @@ def _languages(console: Console, place: Any, families: Path | None, missing: boo
         console.note(source)
         if missing:
             raise UsageError("--missing needs to know which languages there are: --families FILE")
-    root = language_tree(place.entries(), groups, whole=missing)
+    root = language_tree(readable(console, place), groups, whole=missing)
     payload = {"families": source if groups is not None else None, **_branch_payload(root)}
 
     def human() -> None:
@@ -143,7 +147,7 @@ def diff(
     other: Annotated[str, typer.Argument(help="Another one.")],
     places: Annotated[bool, typer.Option("--places", help="Every place instead of every layer.")] = False,
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw it into a new .png, .svg or .pdf file.")] = None,
-    store: Folder = None,
+    store: StoreFolder = None,
 ) -> None:
     """Compare two modules layer by layer: support overlap, sign conflict, cosine, on the true change of the weights.
 
