@@ -117,6 +117,11 @@ def test_a_fusion_alone(tmp_path: Path) -> None:
     assert read_fusion(tmp_path / "out", sites=host.sites, base=host.fingerprint)[0] == module
     said = write_fusion(replace(module, context={"language": "sw"}), tmp_path / "said", sites=host.sites, model_type="bert")
     assert len(said.left_out) == 1 and "the context" in said.left_out[0]
+    drawn = tuple(replace(patch, form=replace(patch.form, sampler="gumbel")) for patch in module.method.patches)  # type: ignore[type-var]
+    with pytest.raises(ModuleError, match="sampler"):
+        write_fusion(replace(module, method=replace(module.method, patches=drawn)), tmp_path / "drawn", sites=host.sites, model_type="bert")
+    with pytest.raises(ModuleError, match="none of the modules"):
+        write_setup({"a": module}, "f", tmp_path / "none", sites=host.sites, model_type="bert")
     with pytest.raises(ModuleError, match="is none of"):
         read_fusion(folder, sites=host.sites, base=host.fingerprint, members={"x": module})
     bad = copied_to(folder, tmp_path / "bad")

@@ -146,8 +146,8 @@ def write_fusion(module: Module, folder: str | os.PathLike[str], *, sites: SiteM
         form = patch.form
         if not isinstance(form, Router) or not isinstance(form.scorer, Attention) or patch.port != "out" or form.squash != "softmax" or form.scope != "site":
             raise ModuleError(f"patch {patch.name!r} is no attention over members' changes at each site, which adapters' fusion is")
-        if form.top is not None or form.hard or form.temperature != 1.0 or form.scorer.temperature != 1.0:
-            raise ModuleError(f"patch {patch.name!r}: adapters' fusion has no top, hard choice or temperature")
+        if form.top is not None or form.hard or form.sampler != "none" or form.temperature != 1.0 or form.scorer.temperature != 1.0:
+            raise ModuleError(f"patch {patch.name!r}: adapters' fusion has no top, hard choice, sampler or temperature")
         if first is not None and (form.parts, form.value) != (first.parts, first.value):
             raise ModuleError("adapters' fusion has the same members and one kind of value for all layers")
         first = form
@@ -323,6 +323,8 @@ def write_setup(
         ModuleError: a member is missing, or what a part's writer refuses.
         StoreError: the folder already holds such files.
     """
+    if router not in modules:
+        raise ModuleError(f"the router {router!r} is none of the modules given ({listing(modules)})")
     fused = modules[router]
     parts: Sequence[str] = next((patch.form.parts for patch in fused.method.patches if isinstance(patch.form, Router)), ())
     missing = [part for part in parts if part not in modules]
