@@ -142,9 +142,10 @@ def check(name: str, form: Any, op: Any, port: str) -> None:
 
 
 def _turns_nothing(form: Any, op: Any) -> bool:
-    ours = type(getattr(form, "factor", None)).__module__.startswith("intarsia.")
-    identity = isinstance(form.factor, TURNING) or form.factor == Diag(1.0) if isinstance(form, Affine) else False
-    return isinstance(op, Rot) and isinstance(form, Affine) and ours and not identity
+    """Whether a map is put in the place of what is there, of a factor of ours that starts as no identity."""
+    if not (isinstance(op, Rot) and isinstance(form, Affine)):
+        return False
+    return type(form.factor).__module__.startswith("intarsia.") and not isinstance(form.factor, TURNING)
 
 
 def _named(part: Any) -> str:
