@@ -18,7 +18,7 @@ from intarsia.host import Host
 from intarsia.methods import METHODS, Method, Patch, build, union
 from intarsia.modules import Module
 from intarsia.modules.arithmetic import scale
-from intarsia.patches import Head, LowRank, Renorm
+from intarsia.patches import Concat, Head, LowRank, Renorm, Tokens
 from intarsia.sites import resolve
 from intarsia.store.convert import read_peft, write_peft
 from tests.host.kit import disturb
@@ -186,6 +186,12 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(method: str, tm
     with pytest.raises(ModuleError):
         write(module, "bert", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_behind_the_norm_is_refused(tmp_path: Path) -> None:
+    _, module = made("bert", Method("prompt", (Patch("prompt", "seq", Tokens(3, "start", behind=True), Concat(), "seq"),)))
+    with pytest.raises(ModuleError, match="behind=False"):
+        write(module, "bert", tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", [Renorm(LowRank(2), whole=True, scaled_norm=False), Renorm(LowRank(2), whole=True), Renorm(LowRank(2), scaled_norm=False)])

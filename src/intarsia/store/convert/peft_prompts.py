@@ -184,8 +184,8 @@ def write_prompt(
     form = patch.form
     assert isinstance(form, Tokens)
     name, tensors = next(iter(found.items()))
-    if form.reparameterise is not None or form.where == "after_first" or "embeddings" not in tensors or moved is not None:
-        raise ModuleError("peft puts plain embeddings at the start of the sequence; flatten the module, and train it with where='start'")
+    if form.reparameterise is not None or form.where == "after_first" or form.behind or "embeddings" not in tensors or moved is not None:
+        raise ModuleError("peft puts plain embeddings among the words at the start of the sequence; flatten the module, and train it with where='start', behind=False")
     result = Written("PROMPT_TUNING", fields, {})
     value = tensors["embeddings"]
     if form.where == "auto" and (model is None or bidirectional(model)):
@@ -218,7 +218,8 @@ def _write_prefix(
     positions = Positions(sites, weights, model, length)
     notes = list(positions.notes)
     if positions.relative != form.relative:
-        notes.append("peft puts a prefix right in front of the text; this one has no position (relative=False), so outputs differ")
+        what = "moves the text's positions (shifts=True)" if form.shifts else "has no position (relative=False)"
+        notes.append(f"peft puts a prefix right in front of the text; this one {what}, so outputs differ")
     if positions.table is not None and (moved is None or not torch.allclose(as_float(moved[1]), positions.change().to(as_float(moved[1]).dtype), atol=1e-6)):
         notes.append(f"peft also moves the tokens' positions by {length}; this module does not, so outputs differ")
     if moved is not None and positions.table is None and model is not None:
