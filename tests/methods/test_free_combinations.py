@@ -42,6 +42,7 @@ from intarsia.patches import (
     Hyper,
     Kron,
     KronPair,
+    Ladder,
     LowRank,
     Matrix,
     Mul,
@@ -226,6 +227,9 @@ def test_many_more(family: str, drawn: tuple[str, Any, Any, str]) -> None:
         (Head(("a",)), Add(), "out", r"Head gives logits"),
         (Coupling(), Mul(), "in", r"it enters by Add"),
         (Scaled(Attend(3)), Concat(), "mem", r"its ports: none"),
+        (Scaled(Ladder()), Add(), "out", r"Scaled\(Ladder\) gives a scaled value, and has none .* its ports: none"),
+        (Gated(Coupling()), Add(), "in", r"Gated\(Coupling\) gives what could not be undone .* its ports: none"),
+        (Scaled(Coupling()), Add(), "in", r"could not be undone"),
     ],
 )  # fmt: skip
 def test_refusals_name_what_does_not_go_together(form: Any, op: Any, port: Any, complaint: str) -> None:

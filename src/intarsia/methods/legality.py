@@ -68,11 +68,13 @@ class Entry:
         gives: what the form's value is, as a sentence's end.
         ports: kinds of sites where it has one.
         ops: how it may enter.
+        undone: the host applies its inverse, which would not be that of a form around it.
     """
 
     gives: str
     ports: Collection[str]
     ops: Names
+    undone: bool = False
 
 
 _HEADS = Entry("logits", ("logits",), (Replace,))
@@ -81,7 +83,7 @@ FORMS: dict[type, Entry] = {
     Affine: Entry("a linear map of what it reads", ACTIVATIONS, (Add, Mul, Gain, Set)),
     Bottleneck: Entry("a function of what it reads", ACTIVATIONS, (Add, Mul, Gain, Set)),
     SubspaceEdit: Entry("the change of a part of the stream", ACTIVATIONS, (Add,)),
-    Coupling: Entry("the change of one half given the other", ACTIVATIONS, (Add,)),
+    Coupling: Entry("the change of one half given the other", ACTIVATIONS, (Add,), undone=True),
     Renorm: Entry("the change of a linear layer's output", ("out",), (Add,)),
     Ladder: Entry("a hidden state", ("out",), (Set,)),
     Matrix: Entry("a tensor of the parameter's shape", ("weight",), (Add, Mul, Gain)),
@@ -101,15 +103,20 @@ def entry(form: Any) -> Entry | None:
     """The row of a form; None for one that is not in the table."""
     if isinstance(form, Affine) and form.read == "self":
         return _MAPS
-    if isinstance(form, Gated):
+    if isinstance(form, Gated | Scaled):
         inner = entry(form.form)
-        ports = () if inner is None else tuple(p for p in inner.ports if p not in ("weight", "seq", "logits"))
-        return None if inner is None else Entry("a gated value", ports, (Add, Gain, Concat))
-    if isinstance(form, Scaled):
-        inner = entry(form.form)
-        ports = () if inner is None else tuple(p for p in inner.ports if p in ("out", "in", "weight"))
-        return None if inner is None else Entry("a scaled value", ports, tuple(op for op in (Add, Gain, Mul) if op in inner.ops))
+        return None if inner is None else _around(form, inner)
     return FORMS.get(type(form))
+
+
+def _around(form: Gated | Scaled, inner: Entry) -> Entry:
+    """The row of a form around one that has a row."""
+    if inner.undone:
+        return Entry("what could not be undone in front of the output embedding", (), ())
+    if isinstance(form, Gated):
+        return Entry("a gated value", tuple(p for p in inner.ports if p in ("out", "in", "mem")), (Add, Gain, Concat))
+    ops = tuple(op for op in (Add, Gain, Mul) if op in inner.ops)
+    return Entry("a scaled value", tuple(p for p in inner.ports if ops and p in ("out", "in", "weight")), ops)
 
 
 def refusal(form: Any, op: Any, port: str) -> str | None:
