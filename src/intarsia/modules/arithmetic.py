@@ -12,7 +12,7 @@ heads over the same labels are averaged by `average`; otherwise `head=` names th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +104,7 @@ def combine(parts: Sequence[tuple[float, Term]]) -> list[tuple[Term, Sequence[Te
     places: dict[tuple[str, str], list[tuple[float, Term]]] = {}
     for weight, term in parts:
         places.setdefault((term.site, term.form), []).append((weight, term))
-    _check_layers(term for _, term in parts)
+    check_layers(term for _, term in parts)
     found: list[tuple[Term, Sequence[Term]]] = []
     for members in places.values():
         first = members[0][1]
@@ -190,7 +190,7 @@ def check_together(modules: Sequence[Module]) -> None:
             )
 
 
-def _check_layers(found: Any) -> None:
+def check_layers(found: Iterable[Term]) -> None:
     """Refuse a layer at which a rescaling meets anything else: (W + D) diag(l) is no sum of the two changes."""
     layers: dict[str, dict[tuple[str, str, bool], Term]] = {}
     for term in found:
@@ -209,15 +209,10 @@ def _head(
     modules: Sequence[Module], weights: Sequence[float], name: str | None, operation: str
 ) -> tuple[tuple[Patch, ...], dict[str, Tensor], tuple[str, ...] | None]:
     """Patch, tensors and labels of the result's head."""
-    owners = [module for module in modules if module.method.head is not None]
-    if name is not None:
-        chosen = [module for module in owners if module.name == name]
-        if not chosen:
-            raise UsageError(f"head={name!r} is none of these modules with a head: {listing(m.name for m in owners) or 'none'}{nearest(name, [m.name for m in owners])}")
-        owners = chosen[:1]
+    owners = head_owners(modules, name)
     if not owners:
         return (), {}, None
-    parts = [_head_of(module) for module in owners]
+    parts = [head_of(module) for module in owners]
     first = parts[0]
     if all(_same(part, first) for part in parts[1:]):
         return (first[0],), first[1], owners[0].labels
@@ -231,7 +226,23 @@ def _head(
     )
 
 
-def _head_of(module: Module) -> tuple[Patch, dict[str, Tensor]]:
+def head_owners(modules: Sequence[Module], name: str | None) -> list[Module]:
+    """The modules with a head, or the one of them that is called so.
+
+    Raises:
+        UsageError: none with a head is called so.
+    """
+    owners = [module for module in modules if module.method.head is not None]
+    if name is None:
+        return owners
+    chosen = next((module for module in owners if module.name == name), None)
+    if chosen is None:
+        raise UsageError(f"head={name!r} is none of these modules with a head: {listing(m.name for m in owners) or 'none'}{nearest(name, [m.name for m in owners])}")
+    return [chosen]
+
+
+def head_of(module: Module) -> tuple[Patch, dict[str, Tensor]]:
+    """The patch and the tensors of a module's head."""
     patch = next(p for p in module.method.patches if p.port == "logits")
     return patch, {k: t for k, t in module.tensors.items() if k.partition("/")[2].startswith(f"{patch.name}.")}
 

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import ModuleError, UsageError
-from intarsia.modules.arithmetic import add, assemble, check_together, check_weights, combine
+from intarsia.modules.arithmetic import (
+    assemble,
+    check_layers,
+    check_together,
+    check_weights,
+    combine,
+    head_of,
+    head_owners,
+)
 from intarsia.modules.module import Module
 from intarsia.modules.terms import Term, kind_of, on_entries, patches_from, scattered, terms, united
 from intarsia.patches import (
@@ -139,17 +147,14 @@ def from_changes(modules: Sequence[Module], values: Mapping[Place, tuple[Term, T
         new = replace(term, scale=1.0, tensors=tensors)
         found.append((new, (new,)))
     patches, whole = patches_from(found)
-    heads = [m for m in modules if m.method.head is not None]
-    if head is None and len(heads) > 1:
-        raise UsageError(f"several modules have a head; name the one the result has: head={heads[0].name!r}")
-    owner = next((m for m in heads if head in (None, m.name)), None)
-    if head is not None and owner is None:
-        raise UsageError(f"head={head!r} is none of these modules with a head")
-    if owner is not None:
-        patch = next(p for p in owner.method.patches if p.port == "logits")
+    owners = head_owners(modules, head)
+    if len(owners) > 1:
+        raise UsageError(f"several modules have a head; name the one the result has: head={owners[0].name!r}")
+    for owner in owners:
+        patch, held = head_of(owner)
         patches = (*patches, patch)
-        whole |= {k: t for k, t in owner.tensors.items() if k.partition("/")[2].startswith(f"{patch.name}.")}
-    return assemble(modules, patches, whole, None if owner is None else owner.labels, name, operation, settings)
+        whole |= held
+    return assemble(modules, patches, whole, owners[0].labels if owners else None, name, operation, settings)
 
 
 def dense(module: Module, *, name: str | None = None) -> Module:
@@ -293,7 +298,8 @@ def shares_of(modules: Sequence[Module], weights: Sequence[float] | None) -> lis
 def changes_of(modules: Sequence[Module], head: str | None) -> list[dict[Place, tuple[Term, Tensor]]]:
     """The changes of modules that go together; refuses others in the words of a sum."""
     check_together(modules)
-    add(*modules, head=head or next((m.name for m in modules if m.method.head is not None), None))
+    check_layers(term for module in modules for term in terms(module))
+    head_owners(modules, head)
     return aligned(modules)
 
 
