@@ -9,7 +9,7 @@ A warm-up trains another twin, of the module's other parts, which stands for the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,7 @@ from intarsia.train.order import steps
 from intarsia.train.task import Features, Task, context_of
 
 Explorer = Callable[[str, Expr, Explore | WarmUp], None]
-"""Trains a twin under an expression as a phase says."""
+"""Trains a twin under an expression as a phase says: for its steps, at its learning rate."""
 
 
 def sparse_factors(host: Host, name: str) -> dict[str, SparseFactor]:
@@ -68,17 +68,17 @@ def choose(
                 stand_in = until_the_end.enter_context(_others(host, name))
                 explore(stand_in, replaced(expression, name, stand_in), phase)
                 continue
-            factors = sparse_factors(host, name)
+            factors, spent = sparse_factors(host, name), 0
             with _twin(host, name, whole=isinstance(phase, Explore)) as twin:
                 if isinstance(phase, Probe):
                     here = replaced(expression, name, stand_in)
                     scores = squares(host, twin, stand_in, task, features, Seq((here, Ref(twin))), phase, seed)
+                    spent = _head_size(host, name) if phase.head_counts else 0
                 elif isinstance(phase, Explore):
                     explore(twin, replaced(expression, name, twin), phase)
                     scores = {key: value.abs() for key, value in _dense(host, twin).items()}
                 else:
                     raise TrainingError(f"no way to carry out the phase {phase!r}")
-                spent = _head_size(host, name) if isinstance(phase, Probe) and phase.head_counts else 0
                 apply(factors, {key: scores[key].detach().cpu() for key in factors}, spent)
             chosen[type(phase).__name__.lower()] = sum(len(factor.index) for factor in factors.values())
     return chosen
@@ -107,40 +107,37 @@ def apply(factors: dict[str, SparseFactor], scores: dict[str, Tensor], spent: in
             factor.choose(best({key: scores[key]}, len(factor.index))[key])
 
 
-@contextmanager
-def _others(host: Host, name: str) -> Iterator[str]:
+def _others(host: Host, name: str) -> AbstractContextManager[str]:
     """A module of everything but the sparse patches of one."""
-    method = host.method(name)
-    sparse = {key.split("/", 1)[1] for key in sparse_factors(host, name)}
-    other = f"{name}-warm"
+    method, sparse = host.method(name), _sparse_patches(host, name)
     patches = tuple(patch for patch in method.patches if patch.name not in sparse)
-    host.add(other, Method(f"{method.name}_warmed", patches, replace(method.policy, program=()), method.source))
-    try:
-        yield other
-    finally:
-        host.remove(other)
+    return _beside(host, f"{name}-warm", Method(f"{method.name}_warmed", patches, replace(method.policy, program=()), method.source))
 
 
-@contextmanager
-def _twin(host: Host, name: str, *, whole: bool) -> Iterator[str]:
+def _twin(host: Host, name: str, *, whole: bool) -> AbstractContextManager[str]:
     """A module with a dense change wherever one has a sparse one.
 
     Args:
-        whole: it stands for the module itself and brings its head and its other patches.
+        whole: it stands for the module itself and brings its head, its other patches and its policy.
     """
-    method = host.method(name)
-    keys = {key.split("/", 1)[1] for key in sparse_factors(host, name)}
-    patches = [replace(p, form=Matrix(Dense())) if p.name in keys else p for p in method.patches if whole or p.name in keys]
-    phases = [phase for phase in method.policy.program if isinstance(phase, Explore)]
-    rate = phases[0].learning_rate if phases else None
-    explored = replace(method.policy, program=(), learning_rate=method.policy.learning_rate if rate is None else rate)
-    policy = explored if whole and phases else Policy()
-    twin = f"{name}-twin"
-    host.add(twin, Method(f"{method.name}_explored", tuple(patches), policy, method.source))
+    method, sparse = host.method(name), _sparse_patches(host, name)
+    patches = tuple(replace(p, form=Matrix(Dense())) if p.name in sparse else p for p in method.patches if whole or p.name in sparse)
+    policy = replace(method.policy, program=()) if whole else Policy()
+    return _beside(host, f"{name}-twin", Method(f"{method.name}_explored", patches, policy, method.source))
+
+
+def _sparse_patches(host: Host, name: str) -> set[str]:
+    return {key.split("/", 1)[1] for key in sparse_factors(host, name)}
+
+
+@contextmanager
+def _beside(host: Host, name: str, method: Method) -> Iterator[str]:
+    """A module for the time of a phase."""
+    host.add(name, method)
     try:
-        yield twin
+        yield name
     finally:
-        host.remove(twin)
+        host.remove(name)
 
 
 def _dense(host: Host, twin: str) -> dict[str, Tensor]:
