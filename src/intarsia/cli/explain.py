@@ -10,10 +10,10 @@ import typer
 
 from intarsia.cli.console import Console
 from intarsia.cli.options import AllowNetwork
-from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, inserted, module_files
+from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, check_given, inserted, module_files
 from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
-from intarsia.errors import BaseError, CompositionError, listing, nearest
+from intarsia.errors import BaseError, CompositionError, listing
 
 if TYPE_CHECKING:
     from intarsia.bases import Base
@@ -49,9 +49,7 @@ def explain(
     parsed = expr(expression)
     files = module_files(module, parsed)
     modules = read_modules(files)
-    for name in sorted(names(parsed)):
-        if name not in modules:
-            raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, modules)} given: {listing(modules) or 'none'}")
+    check_given(sorted(names(parsed)), modules)
     loaded = bases.load(base or base_of(files), allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     forced = inserted(host, modules, force_base=force_base)

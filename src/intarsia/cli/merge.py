@@ -13,7 +13,7 @@ import typer
 from intarsia.cli.console import Console, size_text
 from intarsia.cli.options import AllowNetwork, parse_values
 from intarsia.cli.placing import check_free
-from intarsia.cli.running import BaseName, ForceBase, Modules, module_files
+from intarsia.cli.running import BaseName, ForceBase, Modules, check_given, module_files
 from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
 from intarsia.errors import CompositionError, UsageError, listing, nearest
@@ -89,9 +89,7 @@ def chosen_files(parsed: Expr, given: Sequence[str] | None) -> dict[str, str]:
     order = list(dict.fromkeys(ref.name for ref in parsed.refs()))
     if not order:
         raise CompositionError(f"{parsed} names no module: there is nothing to merge")
-    for name in order:
-        if name not in files:
-            raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, files)} given: {listing(files) or 'none'}")
+    check_given(order, files)
     unused = [name for name in files if name not in order]
     if unused:
         raise CompositionError(f"the expression does not name {listing(unused)}; leave out --module for it, or name it")

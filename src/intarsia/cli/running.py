@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,9 +125,7 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
         expression = next(iter(modules))
     parsed = expr(expression)
     order = list(dict.fromkeys(ref.name for ref in parsed.refs()))
-    for name in order:
-        if name not in modules:
-            raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, modules)} given: {listing(modules)}")
+    check_given(order, modules)
     owner = task_owner([modules[name] for name in order], config.head)
     loaded = bases.load(config.base, head="none" if owner.method.head is not None else None, allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
@@ -135,6 +133,17 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     if checked:
         host.call(parsed, head=config.head)  # refused before anything is read
     return Running(host, str(parsed), config.head, build_task(owner, host, config.task_settings, task_settings), forced)
+
+
+def check_given(named: Iterable[str], given: Mapping[str, object]) -> None:
+    """Refuse an expression that names a module which is not given.
+
+    Raises:
+        CompositionError: says which, and what is given.
+    """
+    for name in named:
+        if name not in given:
+            raise CompositionError(f"the expression names {name!r}, which is no module given with --module{nearest(name, given)} given: {listing(given) or 'none'}")
 
 
 def inserted(host: Host, modules: Mapping[str, Module], *, force_base: bool, marked: str = "what it answers says so") -> dict[str, str]:
