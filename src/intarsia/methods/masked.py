@@ -51,7 +51,7 @@ def diff_pruning(
 
 @row("lottery", equation="W' = m * (W + D), m thinned in rounds by abs(W + D), D back to the start", source="Frankle & Carbin 2019, arXiv 1803.03635")
 def lottery(rounds: int = 4, share: float = 0.2, late: int = 0, at: str = LINEARS) -> Method:
-    """Iterative magnitude pruning of the base with rewinding; the schedule runs once over all rounds."""
+    """Iterative magnitude pruning of the base with rewinding; the learning-rate schedule begins anew in every round."""
     patch = Patch("ticket", at, Ticket(), Rot(), port="weight")
     return Method("lottery", (patch,), Policy(learning_rate=5e-5, steps=(Prune(rounds, share, late),)))
 
