@@ -14,7 +14,6 @@ from intarsia.bases import Base, load
 from intarsia.data import Table
 from intarsia.errors import DataError, UsageError
 from intarsia.host import Host
-from intarsia.languages.align import Align, AlignOptions
 from intarsia.languages.corpus.build import Corpus
 from intarsia.languages.objectives import balanced, joined, learning
 from intarsia.languages.recipes import RECIPES, Stage
@@ -25,6 +24,7 @@ from intarsia.languages.vocabulary.build import extend
 from intarsia.languages.vocabulary.tokenizer import tokenizer_of
 from intarsia.modules import Module
 from intarsia.modules import load as load_module
+from intarsia.tasks import Align, AlignOptions
 from intarsia.train import Recipe
 from tests.cli.bases import make_topics
 from tests.cli.run import Here
@@ -159,6 +159,18 @@ def test_the_teacher_is_the_bare_base_and_the_losses_are_what_they_say(bare: Bas
     assert losses.numpy() == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(UsageError, match="bind"):
         other.collate(other.features(found.train)[:2])
+
+
+def test_an_alignment_is_evaluated_like_any_task(cli: Here, bare: Base, folder: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bare.model.save_pretrained("bare")
+    bare.tokenizer.save_pretrained("bare")
+    assert corpus.parallel_dev is not None
+    rows = zip(corpus.parallel_dev.texts("source"), corpus.parallel_dev.texts("target"))
+    Path("pairs.tsv").write_text("source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in rows), "utf-8")
+    cli("train", "--task", "align", "--base", "bare", "--train", "pairs.tsv", "--method", "bitfit", "--max-steps", "1", "--name", "near", "-q").ok()
+    found = cli("eval", "-m", "runs/near/module.safetensors", "--base", "bare", "pairs.tsv", "--json").ok().json
+    assert set(found["data"]["pairs"]["metrics"]) == {"retrieval", "retrieval_back", "cosine"}
 
 
 def test_languages_of_a_pair_are_seen_equally_often(small: Corpus) -> None:

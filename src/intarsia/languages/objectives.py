@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from intarsia.data import Table, concat
 from intarsia.errors import DataError, UsageError
-from intarsia.languages import align  # registers the task
 from intarsia.languages.corpus.build import Corpus
-from intarsia.tasks import BaseTask, build
+from intarsia.tasks import Align, BaseTask, base_settings, build
 
 Objective = Literal["mlm", "tlm", "mlm+tlm", "align"]
 OBJECTIVES: tuple[Objective, ...] = ("mlm", "tlm", "mlm+tlm", "align")
@@ -56,10 +55,9 @@ def learning(
     dev = concat(held) if held else None
     chosen: dict[str, Any] = {"max_length": max_length or LENGTH, **(settings or {})}
     if objective == "align":
-        chosen = {"prefix": base.text_prefix, "pooling": base.pooling or "mean", **chosen}
-        task = build("align", tokenizer, settings=chosen, columns={}, model=base.model)
-        if isinstance(task, align.Align):
-            task.teacher_tokenizer = base.tokenizer
+        task = build("align", tokenizer, settings={**base_settings("align", base), **chosen}, columns={}, model=base.model)
+        assert isinstance(task, Align)
+        task.teacher_tokenizer = base.tokenizer
         return Learning(task, train, dev)
     return Learning(build("mlm", tokenizer, settings={**chosen, "lm_head": lm_head}, columns={}), train, dev)
 

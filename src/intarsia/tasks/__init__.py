@@ -1,5 +1,6 @@
 """Tasks: table columns -> batches -> loss -> predictions -> metrics.  One file per task; see `intarsia.train.task`."""
 
+from intarsia.tasks.align import Align, AlignOptions
 from intarsia.tasks.classify import Classify, ClassifyOptions
 from intarsia.tasks.clm import Causal, CausalOptions
 from intarsia.tasks.common import BaseTask, Options
@@ -29,6 +30,8 @@ __all__ = [
     "CONTEXT",
     "METRICS",
     "TASKS",
+    "Align",
+    "AlignOptions",
     "BaseTask",
     "Causal",
     "CausalOptions",
