@@ -10,6 +10,7 @@ import pytest
 
 from intarsia.bases import BASES, Base, load
 from intarsia.bases.rows import EmbeddedBase
+from tests.network import forbid
 
 from . import fakes
 
@@ -55,12 +56,4 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], B
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to open a connection or to look up a host fails the test."""
-    import socket
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError(f"network was used: {args}")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
-        monkeypatch.setattr(socket, name, refuse)
+    forbid(monkeypatch)

@@ -7,7 +7,6 @@ and that a folded copy equals the active module (`tests/host/test_laws.py`, over
 from __future__ import annotations
 
 import inspect
-import socket
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests import zoo
 from tests.host.kit import disturb, run, same_state, small, state
 from tests.modules.test_arithmetic import ADDITIVE, pair, same, says
 from tests.modules.test_derived_cards import OF_ONE, OF_TWO, public, two
+from tests.network import forbid
 
 EVERY = [method for method in METHODS if method != "head"]
 
@@ -127,11 +127,7 @@ def _with_name(call: Any, path: str, name: str) -> None:
 
 def test_saving_loading_and_merging_open_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """peft asks the hub for the size of the vocabulary when it saves."""
-    def refused(*_: object, **__: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    forbid(monkeypatch)
     for method in ("lora", "full", "lt_sft"):
         module = made(method)
         save(module, tmp_path / method)

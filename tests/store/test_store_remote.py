@@ -23,6 +23,7 @@ from intarsia.store.hub import HubRemote
 from intarsia.store.remote import FileSystemRemote, FolderRemote, Remote, open_remote
 from intarsia.store.store import Store
 from intarsia.store.transfer import pull, push
+from tests.network import forbid
 from tests.store.hub_server import Hub
 from tests.store.small import age, lora, module
 
@@ -390,18 +391,10 @@ def test_backends_that_fail_name_the_remote(monkeypatch: pytest.MonkeyPatch, sto
 
 def test_nothing_but_a_remote_opens_a_connection(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving, loading and everything a store does work without a network (peft asks the Hub while it saves, huggingface/peft#1452)."""
-    import socket
-
     from intarsia.modules import load, save
     from intarsia.store.transfer import bundle, take
 
-    def refuse(*words: Any, **_: Any) -> None:
-        raise AssertionError(f"network was used: {words}")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
-        monkeypatch.setattr(socket, name, refuse)
+    forbid(monkeypatch)
     save(module(7, name="seven"), tmp_path / "seven.safetensors")
     assert load(tmp_path / "seven.safetensors").digest == module(7).digest
     store.add(tmp_path / "seven.safetensors")
