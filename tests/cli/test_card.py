@@ -137,6 +137,8 @@ def test_an_evaluation_of_something_else_is_refused(cli: Here, file: Path, tmp_p
     assert [m.value for m in read_header(file).card.metrics] == [0.6], "measured again, it replaces the number"
     (tmp_path / "d").write_text(json.dumps({"digests": {"m": mine}, "data": 3}))
     assert "not the result of an evaluation" in cli(*words, str(tmp_path / "d")).error(2)
+    (tmp_path / "d").write_text((tmp_path / "c").read_text().replace('"value": 0.6', '"value": null'))
+    assert "not the result of an evaluation" in cli(*words, str(tmp_path / "d")).error(2), "a metric without a value is not left out in silence"
     cli(*words, str(tmp_path / "none")).error(3)
 
 

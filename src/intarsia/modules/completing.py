@@ -92,8 +92,7 @@ def measured(card: Card, document: Mapping[str, Any], split: str | None = None) 
         for name, entry in document["data"].items():
             part, _, language = name.partition(":")
             for metric, score in entry["metrics"].items():
-                if score["value"] is not None:
-                    found[metric, part, language] = Metric(metric, part, language, score["value"], score["low"], score["high"], score["n"], seeds)
+                found[metric, part, language] = Metric(metric, part, language, float(score["value"]), score["low"], score["high"], score["n"], seeds)
     except (KeyError, TypeError, AttributeError) as error:
         raise SpecError(f"not the result of an evaluation: no data with metrics in it ({error!r}); write one with: intarsia eval ... --out eval.json") from None
     return replace(card, metrics=tuple(found.values()))
