@@ -6,17 +6,19 @@ import itertools
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intarsia.errors import CompositionError, DataError, StoreError, UsageError
-from intarsia.modules import Card, DataSource, Module
+from intarsia.modules import Card, DataSource, Module, dumps, load, read_header, save
 from intarsia.modules.arithmetic import average
 from intarsia.store.families import OTHER, language_tree
 from intarsia.store.lineage import Lineage, check_together, origin
 from intarsia.store.store import Store
+from tests.modules import make
 from tests.store.small import age, lora, module
 
 
@@ -74,6 +76,16 @@ def test_conflicts_are_on_the_card_and_hold_both_ways(store: Store) -> None:
     assert average([lora(7, "top", card=card), lora(6, "friend")], name="both").card.conflicts == (foe.digest,)
     with pytest.raises(StoreError, match="no 'nobody'"):
         store.add(three, conflicts=["nobody"])
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_conflict_changes_the_card_of_a_file_and_nothing_else(store: Store, tmp_path: Path, dtype: Any) -> None:
+    store.add(module(0, name="one"))
+    save(module(1, tensors=make.sparse()), tmp_path / "m", dtype=dtype)
+    sha256 = store.add(tmp_path / "m", name="foe", conflicts=["one"], allow_missing=True)
+    held = load(tmp_path / "m")
+    assert store.header("foe").version == read_header(tmp_path / "m").version, "coded tensors stay coded"
+    assert store.read(sha256) == dumps(replace(held, card=replace(held.card, conflicts=(store.header("one").digest,))), dtype=dtype)
 
 
 def test_lineage_of_a_merged_module(store: Store) -> None:

@@ -4,7 +4,7 @@ from intarsia.modules.atomic import sweep_temporary, write_atomic
 from intarsia.modules.card import NOT_EVALUATED, UNKNOWN, Card, Cost, DataSource, Metric
 from intarsia.modules.compact import compact
 from intarsia.modules.completing import complete
-from intarsia.modules.file import Header, check_finite, dumps, load, loads, put_card, read_header, save
+from intarsia.modules.file import Header, check_finite, dumps, load, loads, put_card, read_header, recarded, save
 from intarsia.modules.module import DTYPES, Module, Owned
 from intarsia.modules.names import check_name, quoted
 
@@ -29,6 +29,7 @@ __all__ = [
     "put_card",
     "quoted",
     "read_header",
+    "recarded",
     "save",
     "sweep_temporary",
     "write_atomic",

@@ -132,12 +132,25 @@ def put_card(path: str | os.PathLike[str], card: Card) -> str:
         ModuleError, StoreError: as `load` and `save`; what was there before is untouched.
     """
     with _open(path) as (file, size), _about(path):
-        layout = read_layout(file, size, _version)
-        _header(layout)  # verifies the header that is replaced
-        whole = _sealed(layout.entries, {**layout.metadata, "card": canonical_json(card).decode("utf-8")}) + file.read()
+        whole = _recarded(file, size, card)
     digest = loads(whole, source=os.fspath(path)).digest  # verifies the tensors
     write_atomic(path, [whole], len(whole))
     return digest
+
+
+def recarded(data: bytes, card: Card) -> bytes:
+    """The bytes of a module's file with another card, as `put_card` writes it; the tensors are not verified.
+
+    Raises:
+        ModuleError: as `load`.
+    """
+    return _recarded(io.BytesIO(data), len(data), card)
+
+
+def _recarded(file: io.BufferedIOBase, size: int, card: Card) -> bytes:
+    layout = read_layout(file, size, _version)
+    _header(layout)  # verifies the header that is replaced
+    return _sealed(layout.entries, {**layout.metadata, "card": canonical_json(card).decode("utf-8")}) + file.read()
 
 
 def dumps(module: Module, *, dtype: Values | None = None) -> bytes:

@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from intarsia.errors import IntarsiaError, ModuleError, StoreError, UsageError, listing, nearest
-from intarsia.modules import Header, Module, dumps, loads, read_header, sweep_temporary, write_atomic
+from intarsia.modules import Header, Module, dumps, loads, read_header, recarded, sweep_temporary, write_atomic
 from intarsia.modules.atomic import _sync_folder
 from intarsia.store.entry import Collected, Label, Stored
 from intarsia.store.finding import Query
@@ -89,9 +89,7 @@ class Store:
             data = _read_outside(Path(module), size)
             module = loads(data, source=os.fspath(module))
         if foes := [self.header(reference).digest for reference in conflicts]:
-            card = replace(module.card, conflicts=tuple(dict.fromkeys((*module.card.conflicts, *foes))))
-            module = module.with_card(card)
-            data = dumps(module)
+            data = recarded(data, replace(module.card, conflicts=tuple(dict.fromkeys((*module.card.conflicts, *foes)))))
         name = check_store_name(module.name if name is None else name)
         tags = [_check_tag(tag) for tag in tags]
         if version is not None and not is_version(check_label(version)):
