@@ -12,7 +12,7 @@ import typer
 from intarsia.cli.console import Console
 from intarsia.cli.options import parse_values
 from intarsia.cli.sources import header_of, pinned, read_modules
-from intarsia.errors import CompositionError, ModuleError, UsageError, listing, nearest
+from intarsia.errors import CompositionError, UsageError, listing, nearest
 
 if TYPE_CHECKING:
     from intarsia.compose import Expr
@@ -116,6 +116,7 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     from intarsia import bases
     from intarsia.compose import expr
     from intarsia.host import Host
+    from intarsia.tasks import head_for, owner_of
 
     modules = read_modules(config.modules)
     expression = config.expression
@@ -126,8 +127,8 @@ def start(config: EvalConfig | PredictConfig, task_settings: Sequence[str] | Non
     parsed = expr(expression)
     order = list(dict.fromkeys(ref.name for ref in parsed.refs()))
     check_given(order, modules)
-    owner = task_owner([modules[name] for name in order], config.head)
-    loaded = bases.load(config.base, head="none" if owner.method.head is not None else None, allow_network=allow_network)
+    owner = owner_of([modules[name] for name in order], config.head)
+    loaded = bases.load(config.base, head=head_for(owner), allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     forced = inserted(host, modules, force_base=force_base)
     if checked:
@@ -164,17 +165,6 @@ def inserted(host: Host, modules: Mapping[str, Module], *, force_base: bool, mar
     for name, difference in forced.items():
         Console().warn(f"module {name!r} belongs to another base ({difference}) and runs because of --force-base; {marked}")
     return forced
-
-
-def task_owner(modules: Sequence[Module], head: str | None) -> Module:
-    """The module that says which task an expression is for: the head's, else the last that was trained on one."""
-    from intarsia.tasks import CONTEXT
-
-    told = [module for module in modules if CONTEXT in module.context and head in (None, module.name)]
-    with_head = [module for module in told if module.labels is not None]
-    for found in (*reversed(with_head), *reversed(told)):
-        return found
-    raise ModuleError(f"none of the modules {listing(m.name for m in modules) or '(none)'} says which task it was trained on")
 
 
 def build_task(owner: Module, host: Host, settings: Mapping[str, Any], pairs: Sequence[str] | None) -> BaseTask[Any]:

@@ -48,8 +48,8 @@ def evaluate(
     """
     from intarsia import bases
     from intarsia.host import Host
-    from intarsia.languages.transfer import compare, owner_of, reminders
-    from intarsia.tasks import CONTEXT, TASKS
+    from intarsia.languages.transfer import compare, reminders
+    from intarsia.tasks import CONTEXT, TASKS, head_for, owner_of
 
     files = module_files(module)
     if out is not None and out.exists():
@@ -60,7 +60,7 @@ def evaluate(
     if not expressions:
         raise UsageError(f"there are {len(modules)} modules: say what runs, e.g. --expr {' --expr '.join(map(repr, [list(modules)[-1], ' >> '.join(modules)]))}")
     owner = owner_of(list(modules.values()), head)
-    loaded = bases.load(name, head="none" if owner.method.head is not None else None, allow_network=allow_network)
+    loaded = bases.load(name, head=head_for(owner), allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     forced = inserted(host, modules, force_base=force_base)
     settings = reading(columns, None, None, None, None)

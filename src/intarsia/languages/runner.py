@@ -17,6 +17,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from intarsia.bases import load as load_base
+from intarsia.compose import expr
+from intarsia.compose import names as names_of
 from intarsia.data import Table, concat
 from intarsia.errors import IntarsiaError, TrainingError, UsageError, listing
 from intarsia.host import Host
@@ -25,8 +28,8 @@ from intarsia.languages.recipes import LanguageRecipe, Stage
 from intarsia.languages.train import base_head, method_of, train_language, warm_head
 from intarsia.languages.transfer import Compared, compare
 from intarsia.languages.vocabulary.build import extend
-from intarsia.modules import Module, load, save
-from intarsia.tasks import base_settings, build, method_settings
+from intarsia.modules import Module, load, save, write_atomic
+from intarsia.tasks import TASKS, base_settings, build, head_for, method_settings, owner_of
 from intarsia.train import Recipe, train
 
 
@@ -80,8 +83,6 @@ class Turns(TrainerCallback):
     """Expressions that take turns, one per optimiser step: a function of the step alone, so that a resumed run repeats them."""
 
     def __init__(self, expressions: Sequence[str]) -> None:
-        from intarsia.compose import expr
-
         self.expressions = [expr(text) for text in expressions]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
@@ -117,9 +118,7 @@ def check(recipe: LanguageRecipe, given: Given, names: Mapping[str, str], kept: 
 
 
 def _modules(stage: Stage) -> list[str]:
-    from intarsia.compose import expr, names
-
-    return [name for text in (stage.expression, *stage.cycle) if text for name in names(expr(text))]
+    return [name for text in (stage.expression, *stage.cycle) if text for name in names_of(expr(text))]
 
 
 def run(
@@ -189,8 +188,6 @@ def _language(stage: Stage, given: Given, kept: Mapping[str, Module], folder: Pa
 
 
 def _head(stage: Stage, given: Given, kept: Mapping[str, Module], folder: Path, progress: Any) -> tuple[Module, float]:
-    from intarsia.bases import load as load_base
-
     base = load_base(given.base, head="none")
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     texts = [text for one in stage.text for text in given.corpora[one].texts()]
@@ -209,9 +206,6 @@ def _vocabulary(stage: Stage, given: Given, kept: Mapping[str, Module], folder: 
 
 
 def _task(stage: Stage, given: Given, kept: Mapping[str, Module], folder: Path, progress: Any) -> tuple[Module, float]:
-    from intarsia.bases import load as load_base
-    from intarsia.tasks import TASKS
-
     kind = TASKS[given.task]
     base = load_base(given.base, head="none" if kind.headless else None)
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
@@ -237,12 +231,9 @@ def _task(stage: Stage, given: Given, kept: Mapping[str, Module], folder: Path, 
 
 
 def _evaluate(stage: Stage, given: Given, kept: Mapping[str, Module]) -> list[Compared]:
-    from intarsia.bases import load as load_base
-    from intarsia.languages.transfer import owner_of
-
     used = {name: kept[name] for name in _modules(stage)}
     owner = owner_of(list(used.values()))
-    base = load_base(given.base, head="none" if owner.method.head is not None else None)
+    base = load_base(given.base, head=head_for(owner))
     host = Host(base.model, tokenizer=base.tokenizer, base_name=base.name)
     for name, module in used.items():
         host.insert(module, name=name)
@@ -255,8 +246,6 @@ _DO: Mapping[str, Callable[[Stage, Given, Mapping[str, Module], Path, Any], tupl
 
 
 def _write(path: Path, recipe: LanguageRecipe, names: Mapping[str, str], results: Sequence[Compared], seconds: Mapping[str, float]) -> None:
-    from intarsia.modules import write_atomic
-
     rows = [
         {
             "expression": one.expression, "data": one.data, "tokenizer": one.tokenizer, "majority": one.majority,

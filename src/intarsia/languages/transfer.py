@@ -13,11 +13,11 @@ from typing import Any
 
 from intarsia.compose import expr, names
 from intarsia.data import Table
-from intarsia.errors import CompositionError, ModuleError, listing, nearest
+from intarsia.errors import CompositionError, listing, nearest
 from intarsia.host import Host
 from intarsia.languages.vocabulary.tokenizer import tokenizer_of, vocabulary_of
 from intarsia.modules import Module
-from intarsia.tasks import CONTEXT, BaseTask, build, evaluate
+from intarsia.tasks import CONTEXT, BaseTask, build, evaluate, owner_of
 from intarsia.tasks.metrics import Score
 
 
@@ -42,19 +42,6 @@ class Compared:
     tokenizer: str
     majority: float | None
     seconds: float
-
-
-def owner_of(modules: Sequence[Module], head: str | None = None) -> Module:
-    """The module whose task is evaluated: the one with labels (or the head that is named), else the last with a task.
-
-    Raises:
-        ModuleError: none says which task it is for.
-    """
-    told = [module for module in modules if CONTEXT in module.context and head in (None, module.name)]
-    with_labels = [module for module in told if module.labels is not None]
-    for found in (*reversed(with_labels), *reversed(told)):
-        return found
-    raise ModuleError(f"none of the modules {listing(m.name for m in modules) or '(none)'} says which task it was trained on; give the task's module")
 
 
 def reader_of(modules: Sequence[Module], tokenizer: Any) -> tuple[str, Any]:

@@ -16,9 +16,11 @@ from intarsia.tasks.registry import (
     bind,
     build,
     from_module,
+    head_for,
     infer_columns,
     infer_task,
     method_settings,
+    owner_of,
 )
 from intarsia.tasks.regress import Regress, RegressOptions
 from intarsia.tasks.run import Evaluation, evaluate, predict
@@ -59,9 +61,11 @@ __all__ = [
     "compare",
     "evaluate",
     "from_module",
+    "head_for",
     "infer_columns",
     "infer_task",
     "method_settings",
+    "owner_of",
     "predict",
     "score",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from intarsia._codec import decode, name_of
 from intarsia._registry import Registry
@@ -13,6 +13,9 @@ from intarsia.tasks import columns
 from intarsia.tasks.common import BaseTask, Options
 from intarsia.tasks.text import limit
 from intarsia.train.task import Rows
+
+if TYPE_CHECKING:
+    from intarsia.modules import Module
 
 CONTEXT = "task"
 """Key of a module's context under which training stores `Task.settings()`."""
@@ -117,6 +120,24 @@ def from_module(module: Any, tokenizer: Any, *, model: Any = None) -> BaseTask[A
         )
     settings = {key: value for key, value in stored.items() if key != "name"}
     return build(stored["name"], tokenizer, labels=module.labels, settings=settings, columns={}, model=model)
+
+
+def owner_of(modules: Sequence[Module], head: str | None = None) -> Module:
+    """The module whose task is run: the last one with labels (or the head that is named), else the last with a task.
+
+    Raises:
+        ModuleError: none says which task it is for.
+    """
+    told = [module for module in modules if CONTEXT in module.context and head in (None, module.name)]
+    with_labels = [module for module in told if module.labels is not None]
+    for found in (*reversed(with_labels), *reversed(told)):
+        return found
+    raise ModuleError(f"none of the modules {listing(m.name for m in modules) or '(none)'} says which task it was trained on; give the task's module")
+
+
+def head_for(owner: Module) -> Literal["none"] | None:
+    """The head to load a base with for a module's task (`intarsia.bases.load`): none where a module answers, else the base's own."""
+    return "none" if owner.method.head is not None or TASKS[owner.context[CONTEXT]["name"]].headless else None
 
 
 def base_settings(name: str, base: Any) -> dict[str, Any]:
