@@ -168,9 +168,13 @@ def test_an_alignment_is_evaluated_like_any_task(cli: Here, bare: Base, folder: 
     assert corpus.parallel_dev is not None
     rows = zip(corpus.parallel_dev.texts("source"), corpus.parallel_dev.texts("target"))
     Path("pairs.tsv").write_text("source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in rows), "utf-8")
-    cli("train", "--task", "align", "--base", "bare", "--train", "pairs.tsv", "--method", "bitfit", "--max-steps", "1", "--name", "near", "-q").ok()
-    found = cli("eval", "-m", "runs/near/module.safetensors", "--base", "bare", "pairs.tsv", "--json").ok().json
-    assert set(found["data"]["pairs"]["metrics"]) == {"retrieval", "retrieval_back", "cosine"}
+    for base in ("bare", str(folder)):  # the second has an LM head, which goes unused
+        name = Path(base).name
+        cli("train", "--task", "align", "--base", base, "--train", "pairs.tsv", "--method", "bitfit", "--max-steps", "1", "--name", name, "-q").ok()
+        found = cli("eval", "-m", f"runs/{name}/module.safetensors", "--base", base, "pairs.tsv", "--json").ok().json
+        assert set(found["data"]["pairs"]["metrics"]) == {"retrieval", "retrieval_back", "cosine"}
+        answers = cli("predict", "-m", f"runs/{name}/module.safetensors", "--base", base, "pairs.tsv", "--json").ok().json
+        assert all(isinstance(number, float) for row in answers for vector in row["prediction"] for number in vector)
 
 
 def test_languages_of_a_pair_are_seen_equally_often(small: Corpus) -> None:

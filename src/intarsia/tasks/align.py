@@ -150,7 +150,7 @@ class Align(BaseTask[AlignOptions]):
         return [
             Prediction(row, (vector, teacher), None, {"loss": float(loss), "terms": 1.0, "kind": float(kind)})
             for row, kind, vector, teacher, loss in zip(
-                batch["row"], batch["kind"], mine.detach().cpu().numpy(), batch["teacher"].cpu().numpy(), losses.tolist()
+                batch["row"], batch["kind"], mine.tolist(), batch["teacher"].tolist(), losses.tolist()
             )
         ]
 
