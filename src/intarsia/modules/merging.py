@@ -79,8 +79,9 @@ def matrix(factor: FactorSpec, tensors: Mapping[str, Tensor], shape: tuple[int, 
         return torch.cat([torch.cat(parts[i : i + factor.columns], 1) for i in range(0, len(parts), factor.columns)])
     if isinstance(factor, Hadamard | Sum):
         members = [(part, _below(wide, f"parts.{i}")) for i, part in enumerate(factor.parts)]
-        shape = shape or next((tuple(matrix(f, held).shape) for f, held in members if kind_of(f) is None), None)
-        several = torch.stack([matrix(f, held, shape) for f, held in members])
+        at = next((i for i, (part, _) in enumerate(members) if kind_of(part) is None), 0)
+        first = matrix(*members[at], shape)  # says how large those are that hold some entries only
+        several = torch.stack([first if i == at else matrix(*member, tuple(first.shape)) for i, member in enumerate(members)])
         return several.prod(0) if isinstance(factor, Hadamard) else several.sum(0)
     if kind_of(factor) is not None:
         raise ModuleError(
@@ -128,10 +129,11 @@ def _align(place: Place, found: Sequence[dict[Place, Any]]) -> None:
             factor = Sparse() if isinstance(term.factor, Sparse) else term.factor
             at[place] = (replace(term, factor=factor, scale=1.0, tensors={"index": index}), value)
         return
-    whole = [term for term in here if kind_of(term.factor) is None]
-    shape = tuple(matrix(whole[0].factor, whole[0].tensors).shape) if whole else None
+    whole = next((term for term in here if kind_of(term.factor) is None), here[0])
+    first = matrix(whole.factor, whole.tensors)  # says how large those are that hold some entries only
     for at, term in zip(found, here):
-        at[place] = (replace(term, factor=Dense()), matrix(term.factor, term.tensors, shape) * term.scale)
+        value = first if term is whole else matrix(term.factor, term.tensors, tuple(first.shape))
+        at[place] = (replace(term, factor=Dense()), value * term.scale)
 
 
 def from_changes(modules: Sequence[Module], values: Mapping[Place, tuple[Term, Tensor]], name: str | None, head: str | None, operation: str, **settings: object) -> Module:
