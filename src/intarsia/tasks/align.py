@@ -27,9 +27,8 @@ from intarsia.errors import UsageError
 from intarsia.patches.heads import Pooling, pool
 from intarsia.tasks import columns
 from intarsia.tasks.common import BaseTask, Options, counted, pad
-from intarsia.tasks.metrics import Score
+from intarsia.tasks.metrics import Score, mean
 from intarsia.tasks.registry import TASKS, Kind
-from intarsia.tasks.resample import additive, bootstrap, interval
 from intarsia.tasks.text import encode
 from intarsia.train.task import Batch, Features, Prediction, Rows
 
@@ -171,7 +170,7 @@ class Align(BaseTask[AlignOptions]):
             "retrieval_back": (alike.argmax(0) == np.arange(len(own))).astype(float),
             "cosine": own,
         }
-        return {name: _mean(name, values) for name, values in right.items()}
+        return {name: mean(name, values) for name, values in right.items()}
 
 
 def states_of(outputs: Any) -> Tensor:
@@ -188,13 +187,6 @@ def states_of(outputs: Any) -> Tensor:
 
 def _unit(x: Any) -> Any:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def _mean(name: str, values: Any) -> Score:
-    resamples, level, seed = 1000, 0.95, 0
-    sample = additive(np.stack([values, np.ones(len(values))], axis=1), lambda s: s[:, 0] / np.maximum(s[:, 1], 1))
-    around = interval(bootstrap(sample, resamples=resamples, seed=seed), level)
-    return Score(name, sample.score(), around.low, around.high, len(values), resamples, level, seed, "", True)
 
 
 TASKS.add("align", Kind("align", "sentence vectors of translations", AlignOptions, ("source", "target"), ("source", "target"), Align, headless=True))

@@ -90,6 +90,14 @@ def score(
     )
 
 
+def mean(name: str, values: Sequence[float], weights: Sequence[float] | None = None, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Score:
+    """A mean of numbers per example, larger being better: the sum of the values over that of the weights (None: their number)."""
+    table = np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)], axis=1)
+    sample = additive(table, lambda sums: sums[:, 0] / np.maximum(sums[:, 1], 1))
+    around = interval(bootstrap(sample, resamples=resamples, seed=seed), level)
+    return Score(name, sample.score(), around.low, around.high, len(values), resamples, level, seed, "", True)
+
+
 def compare(
     metric: str,
     a: Sequence[Any],

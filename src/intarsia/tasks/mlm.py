@@ -20,9 +20,8 @@ from intarsia.errors import DataError, UsageError
 from intarsia.patches import LanguageModelHead
 from intarsia.tasks import columns
 from intarsia.tasks.common import IGNORE, BaseTask, Options, counted, logits_of, one_tensor, summed, token_losses
-from intarsia.tasks.metrics import Score, score
+from intarsia.tasks.metrics import Score, mean, score
 from intarsia.tasks.registry import TASKS, Kind
-from intarsia.tasks.resample import additive, bootstrap, interval
 from intarsia.tasks.text import Frame, pieces, special, windows
 from intarsia.train.task import Batch, Features, Prediction, Rows
 
@@ -178,7 +177,7 @@ class Masked(BaseTask[MaskedOptions]):
             raise DataError("no piece of these texts can be hidden: they are empty, or unknown to the tokenizer")
         return {
             "perplexity": score("perplexity", [p.scores["loss"] for p in predictions], terms),
-            "masked_accuracy": masked_accuracy([p.scores["correct"] for p in predictions], terms),
+            "masked_accuracy": mean("masked_accuracy", [p.scores["correct"] for p in predictions], terms),
         }
 
 
@@ -205,18 +204,6 @@ def choose(group: Ints, rate: float, draw: np.random.Generator) -> Ints:
 def _suit(model: Any) -> dict[str, Any]:
     """A base without output embeddings gets an LM head with the module."""
     return {} if model.get_output_embeddings() is not None else {"lm_head": "new"}
-
-
-def masked_accuracy(correct: Sequence[float], terms: Sequence[float]) -> Score:
-    """Share of the hidden pieces that were guessed, with the same bootstrap as `intarsia.tasks.metrics.score`."""
-    resamples, level, seed = 1000, 0.95, 0
-    sample = additive(
-        np.stack([np.array(correct), np.array(terms)], axis=1), lambda s: s[:, 0] / np.maximum(s[:, 1], 1)
-    )
-    around = interval(bootstrap(sample, resamples=resamples, seed=seed), level)
-    return Score(
-        "masked_accuracy", sample.score(), around.low, around.high, len(terms), resamples, level, seed, "", True
-    )
 
 
 TASKS.add(
