@@ -128,8 +128,8 @@ def verify(console: Console, module: Annotated[str | None, typer.Argument(help="
         for problem in problems[1:]:
             console.note(problem)
         raise ModuleError(f"store {place.path}: {len(problems)} problem{'s' * (len(problems) > 1)}: {problems[0]}")
-    entries = [entry for entry in place.entries() if entry.header is not None and (module is None or entry.sha256 == place.resolve(module))]
-    lacking = {entry.title: entry.header.card.missing() for entry in entries if entry.header is not None}
+    wanted = None if module is None else place.resolve(module)
+    lacking = {entry.title: entry.header.card.missing() for entry in place.entries() if entry.header is not None and wanted in (None, entry.sha256)}
     lacking = {name: missing for name, missing in lacking.items() if missing}
 
     def human() -> None:
