@@ -39,6 +39,10 @@ def test_missing_values_are_explicit(own: Typology) -> None:
     assert own.vector("kab", ("syntax",), "mean").values[1] == 0.0 and own.vector("shi", ("phonology",), "mean").values[0] == pytest.approx(0.25)
     with pytest.raises(UsageError, match="no imputed values"):
         own.vector("kab", ("syntax",), "knn")
+    with pytest.raises(UsageError, match="no imputed values"):
+        own.twins("kab", ("syntax",), "knn")
+    with pytest.raises(UsageError, match="not one of"):
+        own.nearest("kab", missing="men")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no features of the block 'inventory'"):
         own.vector("kab", ("inventory",))
 

@@ -129,18 +129,23 @@ class Typology:
         Raises:
             UsageError: unknown language or block, or nothing is imputed here.
         """
-        row, columns = self.languages.index(self.code(language)), self.columns(blocks)
-        raw = self.observed[row, columns]
+        values, mask = self._filled([self.languages.index(self.code(language))], self.columns(blocks), missing)
+        return Vector(values[0], mask[0], missing in ("knn", "mean") and not bool(mask.all()))
+
+    def _filled(self, rows: Sequence[int], columns: NDArray[np.int64], missing: Missing) -> tuple[Values, Mask]:
+        """Values [n, F] of some rows with what stands for missing ones, and where they were observed; raises as `vector`."""
+        at = np.ix_(np.array(rows, dtype=np.int64), columns)
+        raw = self.observed[at]
         mask = ~np.isnan(raw)
         if missing == "knn":
             if self.imputed is None:
                 raise UsageError(f"{self.source} has no imputed values; take missing='mask', 'mean' or 'zero'")
-            return Vector(np.where(mask, raw, self.imputed[row, columns]), mask, not bool(mask.all()))
+            return np.where(mask, raw, self.imputed[at]), mask
         if missing == "mean":
-            return Vector(np.where(mask, raw, self._means(columns)), mask, not bool(mask.all()))
+            return np.where(mask, raw, self._means(columns)), mask
         if missing not in ("mask", "zero"):
             raise UsageError(f"missing={missing!r} is not one of knn, mask, mean, zero")
-        return Vector(np.where(mask, raw, 0.0), mask, False)
+        return np.where(mask, raw, 0.0), mask
 
     def _means(self, columns: NDArray[np.int64]) -> Values:
         """Mean of each feature over the languages that have it; one half where none has."""
@@ -152,10 +157,7 @@ class Typology:
 
     def distance(self, a: str, b: str, blocks: Sequence[str] = ("syntax",), missing: Missing = "mask") -> Neighbour:
         """How far `b` is from `a`: cosine distance; under `mask` over the features observed for both.  NaN if there are none."""
-        first, second = self.vector(a, blocks, missing), self.vector(b, blocks, missing)
-        both = first.mask & second.mask
-        use = both if missing == "mask" else np.ones_like(both)
-        return Neighbour(self.code(b), _cosine(first.values[use], second.values[use]), int(both.sum()))
+        return self._distances(self.code(a), [self.code(b)], blocks, missing)[0]
 
     def nearest(
         self, language: str, pool: Iterable[str] | None = None, k: int = 5, blocks: Sequence[str] = ("syntax",), missing: Missing = "mask", least: int = 20
@@ -168,22 +170,16 @@ class Typology:
             least: under `mask`, features that must have been observed for both.
         """
         own = self.code(language)
-        index = self._index()
-        chosen = sorted(set(self.languages if pool is None else (c for c in pool if c in index)).difference(alternatives(iso639_3(language)), {own}))
-        found = [self.distance(own, other, blocks, missing) for other in chosen] if len(chosen) < 50 else self._distances(own, chosen, blocks, missing)
+        known = set(self.languages)
+        chosen = sorted((known if pool is None else known.intersection(pool)).difference(alternatives(iso639_3(language)), {own}))
+        found = self._distances(own, chosen, blocks, missing)
         kept = [n for n in found if not np.isnan(n.distance) and (missing != "mask" or n.shared >= least)]
         return tuple(sorted(kept, key=lambda n: (n.distance, -n.shared, n.language))[:k])
 
     def _distances(self, own: str, others: Sequence[str], blocks: Sequence[str], missing: Missing) -> list[Neighbour]:
-        """`distance` to many languages at once."""
-        columns = self.columns(blocks)
-        rows = np.array([self.languages.index(own), *map(self._index().__getitem__, others)], dtype=np.int64)
-        raw = self.observed[np.ix_(rows, columns)]
-        mask = ~np.isnan(raw)
-        filled = {
-            "knn": lambda: np.where(mask, raw, self.imputed[np.ix_(rows, columns)] if self.imputed is not None else np.nan),
-            "mean": lambda: np.where(mask, raw, self._means(columns)),
-        }.get(missing, lambda: np.where(mask, raw, 0.0))()
+        """`distance` of codes that are here to one of them."""
+        row = {code: i for i, code in enumerate(self.languages)}
+        filled, mask = self._filled([row[own], *map(row.__getitem__, others)], self.columns(blocks), missing)
         both = mask[0] & mask[1:]
         use = both if missing == "mask" else np.ones_like(both)
         a, b = filled[0] * use, filled[1:] * use
@@ -192,19 +188,11 @@ class Typology:
         cosine = np.divide(dots, norms, out=np.full_like(dots, np.nan), where=norms > 0)
         return [Neighbour(code, float(1 - c), int(s)) for code, c, s in zip(others, cosine, both.sum(1))]
 
-    def _index(self) -> dict[str, int]:
-        return {code: i for i, code in enumerate(self.languages)}
-
     def twins(self, language: str, blocks: Sequence[str] = ("syntax",), missing: Missing = "knn") -> tuple[str, ...]:
         """Other languages whose vector is exactly the same: nothing that reads the vectors can tell them apart."""
-        columns = self.columns(blocks)
-        own = self.vector(language, blocks, missing).values
-        if missing == "knn" and self.imputed is not None:
-            whole = np.where(np.isnan(self.observed[:, columns]), self.imputed[:, columns], self.observed[:, columns])
-        else:
-            whole = np.nan_to_num(self.observed[:, columns])
-        same = (whole == own).all(1)
         code = self.code(language)
+        values, _ = self._filled(range(len(self.languages)), self.columns(blocks), missing)
+        same = (values == values[self.languages.index(code)]).all(1)
         return tuple(other for other, equal in zip(self.languages, same) if equal and other != code)
 
     def path(self, language: str) -> tuple[str, ...]:
@@ -219,8 +207,3 @@ class Typology:
         others = set(self.languages if pool is None else pool).difference(alternatives(iso639_3(language)), {code})
         found = [(other, len(own.intersection(self.families.get(other, ())))) for other in others]
         return tuple(sorted(((o, n) for o, n in found if n), key=lambda pair: (-pair[1], pair[0]))[:k])
-
-
-def _cosine(a: Values, b: Values) -> float:
-    norms = float(np.sqrt((a @ a) * (b @ b)))
-    return float(1 - (a @ b) / norms) if norms > 0 else float("nan")
