@@ -29,10 +29,8 @@ def alternatives(code: str) -> tuple[str, ...]:
     """
     from langcodes.data_dicts import MACROLANGUAGES
 
-    two = langcodes.standardize_tag(code)
     found = [code]
-    own = langcodes.standardize_tag(two)
-    macro = MACROLANGUAGES.get(code) or MACROLANGUAGES.get(own)
+    macro = MACROLANGUAGES.get(code) or MACROLANGUAGES.get(langcodes.standardize_tag(code))
     for other in (macro, *_MEMBERS.get(code, ())):
         if other:
             found.append(langcodes.Language.get(other).to_alpha3())

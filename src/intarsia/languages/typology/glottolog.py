@@ -77,11 +77,12 @@ class Glottolog:
 
     def relatives(self, language: str, pool: Iterable[str], k: int = 5) -> tuple[tuple[str, int], ...]:
         """ISO codes of a pool that share most ancestors, with the number of shared ones (at least one); ties by code."""
-        own = set(self.path(language)[:-1])
+        mine = self.code(language)
+        own = set(self.ancestors.get(mine, ()))
         found = []
         for other in pool:
             code = self.codes.get(other)
-            if code is not None and code != self.code(language):
+            if code is not None and code != mine:
                 found.append((other, len(own.intersection(self.ancestors.get(code, ())))))
         return tuple(sorted(((o, n) for o, n in found if n), key=lambda pair: (-pair[1], pair[0]))[:k])
 
