@@ -97,6 +97,14 @@ def test_what_is_no_change_of_weights_is_compared_as_stored() -> None:
     assert {place.what for place in mixed.places} == {"stored tensors"} and mixed.whole.overlap == 0.0
 
 
+def test_a_share_of_the_weight_and_an_addition_to_it_are_different_places() -> None:
+    method = build("hira", rank=2)
+    tensors = {key.replace("/lora.", f"/{method.patches[0].name}."): tensor for key, tensor in lora(0).tensors.items()}
+    found = compare(lora(0, "a"), module(name="b", method=method, tensors=tensors, labels=None))
+    assert {place.what for place in found.places} == {"change", "relative change"}
+    assert len(found.places) == 8 and found.whole.overlap == 0.0 and found.whole.what == "change, relative change"
+
+
 def test_other_bases_are_said() -> None:
     assert "different bases" in compare(lora(0), lora(1, base=make.base("bb"))).unlike
     assert "settings" in compare(lora(0), lora(1, context={})).unlike

@@ -42,7 +42,7 @@ class Compared:
     Attributes:
         place: site and kind, or the name of a stored tensor.
         layer: the layer it belongs to.
-        what: what was compared.
+        what: what was compared: `What`, several of a layer joined by a comma.
         norms: Frobenius norms; None where a module does not change this place.
         entries: number of values compared, 0 where one module has none.
         either: entries that are not zero in at least one.
@@ -53,7 +53,7 @@ class Compared:
 
     place: str
     layer: str
-    what: What
+    what: str
     norms: tuple[float | None, float | None]
     entries: int = 0
     either: int = 0
@@ -107,7 +107,7 @@ def compare(a: Module, b: Module, names: tuple[str, str] | None = None) -> Compa
     Args:
         names: what to call them; None for their own names.
 
-    Places that only one of them changes count for its support: their overlap is 0.
+    Places that only one of them changes count for its support: their overlap is 0.  So do tensors of one name and other shapes.
     """
     unlike = a.base.difference(b.base) or ""
     if unlike:
@@ -129,7 +129,8 @@ def changes(module: Module) -> dict[str, tuple[What, Get]]:
     """
     grouped: dict[str, list[Term]] = {}
     for term in terms(module):
-        grouped.setdefault(f"{term.site} ({term.form})", []).append(term)
+        kind = f"relative {term.form}" if term.relative else term.form  # a share of what is there and an addition are not compared
+        grouped.setdefault(f"{term.site} ({kind})", []).append(term)
     if not grouped:
         return _stored(module)
     found: dict[str, tuple[What, Get]] = {
@@ -182,7 +183,7 @@ def _together(name: str, parts: Sequence[Compared]) -> Compared:
         for side in (0, 1)
     )
     assert len(norms) == 2
-    what = parts[0].what if len({part.what for part in parts}) == 1 else "change"
+    what = ", ".join(dict.fromkeys(part.what for part in parts)) or "change"
     entries, either, both, opposed = (sum(getattr(part, key) for part in parts) for key in ("entries", "either", "both", "opposed"))
     return Compared(name, name, what, norms, entries, either, both, opposed, math.fsum(part.product for part in parts))
 
