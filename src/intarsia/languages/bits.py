@@ -64,7 +64,7 @@ def bits(model: Any, tokenizer: Any, texts: Sequence[str], *, run: Callable[[dic
         model: decides whether it is masked or causal, and how long an input may be.
         tokenizer: a fast one; its mask token makes a model a masked one.
         texts: N lines.
-        run: calls the model with a batch and returns its outputs; None for the model itself.
+        run: calls the model with a batch (on the CPU) and returns its outputs, on any device; None for a model on the CPU.
 
     Raises:
         UsageError: the tokenizer is no fast one.
@@ -117,7 +117,7 @@ def _masked(ask: Callable[[dict[str, Tensor]], Any], tokenizer: Any, frame: Fram
         offset = len(frame.before)
         for row, hidden in enumerate(chunk):
             at = torch.tensor([offset + i for i in hidden])
-            target = torch.tensor([ids[i] for i in hidden])
+            target = torch.tensor([ids[i] for i in hidden], device=logits.device)
             total -= float(logits[row, at].double().log_softmax(-1).gather(1, target[:, None]).sum())
     return total / math.log(2)
 
@@ -130,7 +130,7 @@ def _causal(ask: Callable[[dict[str, Tensor]], Any], frame: Frame, ids: list[int
     total = 0.0
     if scored:
         found = _logits(ask, [full])[0, torch.tensor(scored) - 1].double().log_softmax(-1)
-        total = -float(found.gather(1, torch.tensor([full[i] for i in scored])[:, None]).sum())
+        total = -float(found.gather(1, torch.tensor([full[i] for i in scored], device=found.device)[:, None]).sum())
         total += (len(at) - len(scored)) * math.log(found.shape[-1])
     return total / math.log(2)
 

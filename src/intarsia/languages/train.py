@@ -225,15 +225,13 @@ def _bits(host: Host, tokenizer: Any, lines: Sequence[str], expression: str | No
     """Bits per character of held-out lines under an expression (None: the base alone, or the fresh module where it brings vocabulary and head)."""
     if not lines or tokenizer.mask_token_id is None:
         return None
-    if expression is None and own_head:
-        expression = name
+    if expression is None and (own_head or tokenizer is not host.tokenizer):
+        expression = name  # the base alone has no head, or does not know this tokenizer
 
     def run(batch: dict[str, Tensor]) -> Any:
         with host.using(expression) as model:
             return model(**{key: value.to(host.model.device) for key, value in batch.items()})
 
-    if expression is None and tokenizer is not host.tokenizer:
-        expression = name  # the base alone does not know this tokenizer
     return bits(host.model, tokenizer, lines, run=run)
 
 
