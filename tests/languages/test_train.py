@@ -14,7 +14,7 @@ from intarsia.bases import Base, load
 from intarsia.data import Table
 from intarsia.errors import DataError, UsageError
 from intarsia.host import Host
-from intarsia.languages.corpus.build import Corpus
+from intarsia.languages.corpus.build import Corpus, read_corpus
 from intarsia.languages.objectives import balanced, joined, learning
 from intarsia.languages.recipes import RECIPES, Stage
 from intarsia.languages.runner import Given, check, run
@@ -261,6 +261,8 @@ def test_from_text_to_answers_on_the_command_line(cli: Here, folder: Path, bible
     test = make_topics(tmp_path / "test.csv", 20, 5)
     cli("corpus", "build", "--language", "kab", "--bible", new, "--parallel", known, "--licence", "CC0-1.0", "--test-texts", str(test), "-o", "kab", "-q").ok()
     assert "corpus" in cli("corpus", "show", "kab").ok().out
+    seen = cli("lang", "probe", "kab", "--language", "kab", "--base", str(folder), "--bits-lines", "0", "--typology", "none", "--json").ok().json
+    assert seen["measures"]["lines"] == len(read_corpus("kab").train)
     cli("vocab", "extend", "kab", "--base", str(folder), "--size", "120", "-o", "words.safetensors").ok()
     short = ("--max-steps", "2", "--max-length", "48", "-q")
     told = cli("lang", "train", "kab", "--base", str(folder), "--vocab", "words.safetensors", "--method", "lora", "--set", "rank=2", *short, "-o", "lang.safetensors", "--json").ok().json

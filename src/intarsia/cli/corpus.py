@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli.console import Console
-from intarsia.cli.lang import Language, lines_of
+from intarsia.cli.lang import Language, lines_of, texts_of
 from intarsia.cli.options import parse_pairs
 from intarsia.cli.verb import verb
 from intarsia.errors import DataError, UsageError
@@ -207,15 +207,7 @@ def sentences_of(path: Path) -> list[tuple[str, str]]:
         from intarsia.languages.corpus.sources import Source, load
 
         return [(f"{path.name}:{line.ident}", line.text) for line in load(Source(str(path), "treebank")).lines]
-    from intarsia.cli.data import TEXTS, guessed
-    from intarsia.data import read
-
-    table = read(path)
-    found = []
-    for name in guessed(table, TEXTS, "--test-texts").split(","):
-        for row, cell in enumerate(table.column(name)):
-            found.append((f"{path.name}:{table.lines[row]}", cell if isinstance(cell, str) else " ".join(cell)))
-    return found
+    return texts_of(path, "--test-texts")
 
 
 def _told(console: Console, made: Corpus, folder: Path) -> None:

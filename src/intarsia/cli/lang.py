@@ -15,15 +15,16 @@ from intarsia.cli.options import (
     TaskSettings,
     parse_pairs,
     parse_settings,
+    parse_value,
     parse_values,
 )
 from intarsia.cli.verb import verb
-from intarsia.errors import UsageError
+from intarsia.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from intarsia.languages.probe import Near, Probe
     from intarsia.languages.train import Trained
-    from intarsia.languages.typology import Glottolog, Typology
+    from intarsia.languages.typology import Typology
     from intarsia.train import Recipe
 
 Texts = Annotated[list[Path], typer.Argument(help="Text in the language: .txt, a Bible (.tsv, .xml), UDHR (.html), a treebank (.conllu), or a corpus folder.")]
@@ -83,36 +84,42 @@ def probe(
     from intarsia.bases import load
     from intarsia.languages.probe import coverage_of
     from intarsia.languages.probe import probe as look
+    from intarsia.languages.typology import Glottolog
     from intarsia.sites.fingerprint import fingerprint
     from intarsia.store.store import Store
 
     lines = [text for path in texts for text in lines_of(path)]
     vectors = typology_of(console, typology)
-    tree = None if glottolog is None else tree_of(glottolog)
+    tree = None if glottolog is None else Glottolog.read(glottolog)
     loaded = load(base, allow_network=allow_network)
     place = Store(store)
     coverage = coverage_of(place, fingerprint(loaded.model, loaded.tokenizer)) if place.names() else {}
     found = look(
         lines, language, loaded, typology=vectors, tree=tree, coverage=coverage, bits_lines=bits_lines, k=near,
-        task_texts=[text for path in task_text or () for text in task_lines(path)],
+        task_texts=[text for path in task_text or () for _, text in texts_of(path, "--task-text")],
     )  # fmt: skip
     console.result(found.to_dict(), lambda: _show(console, found))
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a text in a language, of whatever kind."""
+    """The lines of a text in a language, of whatever kind; the training lines of a corpus folder."""
+    from intarsia.languages.corpus.build import read_corpus
     from intarsia.languages.corpus.sources import Source, kind_of, load
 
-    return [line.text for line in load(Source(str(path), kind_of(path))).lines]
+    return read_corpus(path).texts() if path.is_dir() else [line.text for line in load(Source(str(path), kind_of(path))).lines]
 
 
-def task_lines(path: Path) -> list[str]:
-    """The texts of a task's file: a column `text` or `sentence`, tokens, or plain lines."""
+def texts_of(path: Path, option: str) -> list[tuple[str, str]]:
+    """(place, text) of a task's file: a column `text` or `sentence`, tokens, both sides of pairs, or plain lines."""
     from intarsia.cli.data import TEXTS, guessed
     from intarsia.data import read
 
     table = read(path)
-    return [cell if isinstance(cell, str) else " ".join(cell) for name in guessed(table, TEXTS, "--task-text").split(",") for cell in table.column(name)]
+    return [
+        (f"{path.name}:{line}", cell if isinstance(cell, str) else " ".join(cell))
+        for name in guessed(table, TEXTS, option).split(",")
+        for line, cell in zip(table.lines, table.column(name))
+    ]
 
 
 def typology_of(console: Console, given: str | None) -> Typology | None:
@@ -130,13 +137,9 @@ def typology_of(console: Console, given: str | None) -> Typology | None:
     return uriel() if given == "uriel" else read_csv(given)
 
 
-def tree_of(folder: Path) -> Glottolog:
-    from intarsia.languages.typology import Glottolog
-
-    return Glottolog.read(folder)
-
-
 def _show(console: Console, found: Probe) -> None:
+    from intarsia.languages.evidence import CONFLICT
+
     m = found.measures
     total = sum(m.scripts.values())
     shares = ", ".join(f"{name} {count / total:.1%}" for name, count in list(m.scripts.items())[:4])
@@ -169,8 +172,6 @@ def _show(console: Console, found: Probe) -> None:
         console.line(f"  compare with: {'; '.join(row.others)}")
         for finding in row.findings:
             console.line(f"  - {finding} [{row.grade}]")
-    from intarsia.languages.evidence import CONFLICT
-
     console.line(CONFLICT)
     for warning in found.warnings:
         console.line(f"warning: {warning}")
@@ -282,15 +283,12 @@ def recipe_of(
     epochs: float | None, max_steps: int | None, batch_size: int | None, lr: float | None, seed: int, fields: list[str] | None
 ) -> Recipe:
     """The hyper-parameters that the options ask for."""
-    from intarsia.cli.options import parse_value
     from intarsia.train import Recipe
 
     given = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": lr, "seed": seed}
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, text in parse_pairs(fields, "--recipe").items():
         if key not in Recipe.__dataclass_fields__:
-            from intarsia.errors import nearest
-
             raise UsageError(f"--recipe: no hyper-parameter {key!r}{nearest(key, Recipe.__dataclass_fields__)}")
         values[key] = parse_value(text)
     return Recipe(**values)
