@@ -14,6 +14,7 @@ from intarsia.bases import Base, load
 from intarsia.data import Table
 from intarsia.errors import DataError, UsageError
 from intarsia.host import Host
+from intarsia.languages.cards import card_of
 from intarsia.languages.corpus.build import Corpus, read_corpus
 from intarsia.languages.objectives import balanced, joined, learning
 from intarsia.languages.recipes import RECIPES, Stage
@@ -181,6 +182,15 @@ def test_languages_of_a_pair_are_seen_equally_often(small: Corpus) -> None:
     other = replace(small, language="en", train=Table.of({"id": ["1"], "source": ["x"], "text": ["only one"]}))
     both = balanced([small.train.only("text"), other.train.only("text")])
     assert both.texts("text").count("only one") == len(small.train) == len(both) // 2
+
+
+def test_the_card_of_several_languages_warns_of_each_text(small: Corpus) -> None:
+    step = {"name": "length", "before": 9, "dropped": {"long": 2}}
+    other = replace(small, language="en", manifest={**small.manifest, "sources": [{**small.manifest["sources"][0], "kind": "text"}], "steps": [step]})
+    alone, both = card_of(small, base="b", method="m"), card_of(small, other, base="b", method="m")
+    assert both.languages == ("kab", "en") and len(both.data) == 2 * len(alone.data)
+    assert "religious text only" in alone.warnings and "religious text only" not in both.warnings
+    assert "corpus en: length dropped 2 of 9 lines" in both.warnings
 
 
 # -- transfer and recipes ------------------------------------------------------------------------------------------

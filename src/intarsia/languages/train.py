@@ -134,8 +134,7 @@ def train_language(
     own_head = objective != "align" and _brings_head(host, vocabulary, head)
     found = learning(corpora, objective, tokenizer, base, lm_head="new" if own_head else "base", settings=settings, max_length=max_length)
     roles = {"language": "+".join(corpus.language for corpus in corpora)}
-    card = card_of(corpora[0], base=base.name, method=method.name, task=objective)
-    card = replace(card, languages=tuple(c.language for c in corpora), data=tuple(d for c in corpora for d in card_of(c, base="", method="").data))
+    card = card_of(*corpora, base=base.name, method=method.name, task=objective)
     frozen_head = head is not None and vocabulary is None
     if frozen_head and head is not None:
         host.insert(head, name=HEAD)
