@@ -3,7 +3,7 @@
 The table orders the arms that are worth comparing; it does not decide.  Published results disagree where data sizes, capacity
 and protocols differ, so none of them lets a tool choose silently.  `grade`: how the number behind a row is known to us
 (`abstract`: the paper's abstract; `code`: the authors' released results; `ours`: a threshold of this library, not published;
-`memory`: not looked up again).  What is not here: when a row applies (`advice.py`).
+`memory`: not looked up again).  What is not here: when a row applies (`probe.advise`).
 """
 
 from __future__ import annotations
