@@ -179,3 +179,18 @@ def test_owned_tensors_are_taken_as_they_are(tmp_path: Any) -> None:
     assert module(tensors=Owned({"0.ffn/x.a": tensor})).tensors["0.ffn/x.a"] is tensor
     save(module(), tmp_path / "m.safetensors")
     assert "digest" in load(tmp_path / "m.safetensors").__dict__  # verified while reading, not computed again
+
+
+def test_a_part_keeps_what_is_shared_and_loses_the_labels_with_the_head() -> None:
+    from intarsia.host import Host
+    from intarsia.methods import build
+    from intarsia.patches import Head
+    from tests import zoo
+
+    host = Host(zoo.make("bert")[0])
+    whole = host.add("m", build("prefix").with_head(Head(("a", "b")))).extract("m")
+    part = whole.part(lambda patch: patch.port != "logits")
+    assert part.labels is None and part.method == build("prefix") and whole.labels == ("a", "b")
+    assert set(part.tensors) == {key for key in whole.tensors if not key.startswith("logits/")} and any(key.startswith("tied/") for key in part.tensors)
+    assert part.part(lambda patch: True) is part
+    host.insert(part, name="n")

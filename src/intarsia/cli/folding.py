@@ -114,15 +114,10 @@ def refuse_quantised(loaded: Base) -> None:
 
 def without_head(module: Module) -> Module:
     """The module without its head: what it changes in the base."""
-    head = module.method.head
-    if head is None:
-        return module
-    patches = tuple(patch for patch in module.method.patches if patch.port != "logits")
-    if not patches:
+    part = module.part(lambda patch: patch.port != "logits")
+    if not part.method.patches:
         raise CompositionError(f"{module.name!r} is a head alone: it changes nothing in the base, so there is nothing to merge")
-    dropped = {patch.name for patch in module.method.patches} - {patch.name for patch in patches}
-    tensors = {k: t for k, t in module.tensors.items() if k.partition("/")[2].partition(".")[0] not in dropped}
-    return replace(module, method=replace(module.method, patches=patches), tensors=tensors, labels=None)
+    return part
 
 
 def probe_texts(file: Path | None) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from intarsia.modules.names import check_name
 from intarsia.sites.fingerprint import COMPARED, Fingerprint
 
 if TYPE_CHECKING:
-    from intarsia.methods.method import Method
+    from intarsia.methods.method import Method, Patch
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -116,6 +116,16 @@ class Module:
     def with_card(self, card: Card) -> Module:
         """The same module with another card; its digest stays."""
         return self._with(card=card)
+
+    def part(self, keep: Callable[[Patch], bool]) -> Module:
+        """The module with some of its patches, itself if that is all of them; what parts share (`tied/`) stays, labels go with the head."""
+        patches = tuple(patch for patch in self.method.patches if keep(patch))
+        if len(patches) == len(self.method.patches):
+            return self
+        method = replace(self.method, patches=patches)
+        names = {patch.name for patch in patches}
+        tensors = Owned((key, t) for key, t in self.tensors.items() if key.startswith("tied/") or key.split("/", 1)[1].split(".", 1)[0] in names)
+        return replace(self, method=method, tensors=tensors, labels=self.labels if method.head is not None else None)
 
     def _with(self, **changes: Any) -> Module:
         """A copy that shares tensors and digest; only for fields outside the identity."""

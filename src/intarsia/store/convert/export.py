@@ -51,16 +51,17 @@ def export_lora(
         StoreError: the folder already holds such files.
     """
     parts = [_without_head(module) for module in modules]
+    headed = [module.name for module, part in zip(modules, parts) if part is not module]
     if max_rank is not None and max_rank < 1:
         raise UsageError(f"max_rank must be at least 1, found {max_rank}")
-    whole = weighted_sum([part for part, _ in parts], weights, name=name)
+    whole = weighted_sum(parts, weights, name=name)
     notes: list[str] = []
     if cut and max_rank is not None:
         whole, residual = svd(whole, max(1, max_rank // _parts(whole, sites)), name=f"{whole.name}, rank {max_rank}")
         notes += [f"cut to rank {max_rank} by singular values: {residual:.2%} of the change is lost (Frobenius norm)"] if residual else []
     report = write_peft(whole, folder, sites=sites, task_type=task_type, base_name=base_name, uniform=True, max_rank=max_rank)
     rank = max((t.shape[1] for key, t in whole.tensors.items() if key.endswith("factor.up")), default=0)
-    lost = tuple(f"the head of {module.name!r}: servers of LoRA folders keep the base's own" for module, (_, had) in zip(modules, parts) if had)
+    lost = tuple(f"the head of {module!r}: servers of LoRA folders keep the base's own" for module in headed)
     note = f"ranks add up: the largest is {rank} before parts of fused layers are joined; a server may have a limit (vLLM: --max-lora-rank)"
     return replace(report, left_out=(*report.left_out, *lost), notes=(*report.notes, *notes, note))
 
@@ -71,13 +72,9 @@ def _parts(module: Module, sites: SiteMap) -> int:
     return max(paths.values(), default=1)
 
 
-def _without_head(module: Module) -> tuple[Module, bool]:
-    """The module without what it has at the outputs, and whether there was something."""
-    patches = tuple(patch for patch in module.method.patches if patch.port != "logits")
-    if len(patches) == len(module.method.patches):
-        return module, False
-    if not patches:
+def _without_head(module: Module) -> Module:
+    """The module without what it has at the outputs."""
+    part = module.part(lambda patch: patch.port != "logits")
+    if not part.method.patches:
         raise ModuleError(f"{module.name!r} is a head alone, no LoRA")
-    kept = {patch.name for patch in patches}
-    tensors = {key: t for key, t in module.tensors.items() if key.partition("/")[2].partition(".")[0] in kept}
-    return replace(module, method=replace(module.method, patches=patches), tensors=tensors, labels=None), True
+    return part
