@@ -33,7 +33,7 @@ from tests.host import kit
 FAMILIES = ("bert", "gpt2", "llama", "t5")
 
 
-def outputs(family: str, *spellings: tuple[Patch, ...], copy: bool = True) -> tuple[list[Tensor], Host]:
+def outputs(family: str, *spellings: tuple[Patch, ...]) -> tuple[list[Tensor], Host]:
     """The model's output under each spelling; all have the tensors of the first, moved away from its start, in order."""
     model, inputs = zoo.make(family)
     host = Host(model)
@@ -43,7 +43,7 @@ def outputs(family: str, *spellings: tuple[Patch, ...], copy: bool = True) -> tu
         host.add(name, Method("law", patches))
         if number == 0:
             kit.disturb(host, name)
-        elif copy:
+        else:
             with torch.no_grad():
                 for mine, theirs in zip(host.parameters(name).values(), host.parameters("m0").values(), strict=True):
                     mine.copy_(theirs.view(mine.shape))
@@ -69,24 +69,21 @@ def test_a2_a_vector_added_is_a_bias() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a2_a_vector_multiplied_on_an_output_scales_rows_and_bias(family: str) -> None:
-    patches = [Patch("w", "attn.q.weight", Matrix(Rows()), Mul(), port="weight")]
-    if family == "bert":
-        patches.append(Patch("b", "attn.q.bias", Matrix(Dense()), Mul(), port="weight"))
-        model, inputs = zoo.make(family)
-        host = Host(model).add("out", Method("law", (Patch("a", "attn.q", Const("ones"), Mul()),))).add("rows", Method("law", tuple(patches)))
-        kit.disturb(host, "out")
-        with torch.no_grad():
-            for name, tensor in host.parameters("rows").items():
-                layer = name.split(".")[0]
-                tensor.copy_(host.parameters("out")[f"{layer}.attn.q/a.value"].view(tensor.shape))
-        with host.using("out"):
-            a = kit.run(model, inputs)
-        with host.using("rows"):
-            assert torch.allclose(kit.run(model, inputs), a, atol=1e-5)
-        return
-    (a, b), _ = outputs(family, (Patch("a", "attn.o", Const("ones"), Mul()),), (Patch("a", "attn.o.weight", Matrix(Rows()), Mul(), port="weight"),))
-    if family != "gpt2":  # its projections have a bias, which rows of the weight alone leave
-        assert torch.allclose(a, b, atol=1e-5)
+    rows = [Patch("w", "attn.{q,o}.weight", Matrix(Rows()), Mul(), port="weight")]
+    if family not in kit.BIAS_FREE:
+        rows.append(Patch("b", "attn.{q,o}.bias", Matrix(), Mul(), port="weight"))
+    model, inputs = zoo.make(family)
+    host = Host(model).add("out", Method("law", (Patch("a", "attn.{q,o}", Const("ones"), Mul()),))).add("rows", Method("law", tuple(rows)))
+    kit.disturb(host, "out")
+    gains = host.parameters("out")
+    with torch.no_grad():
+        for name, tensor in host.parameters("rows").items():
+            tensor.copy_(gains[f"{name.split('/')[0].rsplit('.', 1)[0]}/a.value"].view(tensor.shape))
+    with host.using("out"):
+        a = kit.run(model, inputs)
+    with host.using("rows"):
+        assert torch.allclose(kit.run(model, inputs), a, atol=1e-5)
+    assert (a - kit.reference(family)).abs().max() > 2e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
