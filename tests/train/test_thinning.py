@@ -34,14 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
 MA = {"density": 0.05, "every": 3, "rate": 0.5, "by": "momenta"}
 
 
-def run(method: str, folder: Path | None = None, recipe: Recipe = RECIPE, **more: Any) -> tuple[Host, Result]:
-    host, task = make.host("classify", method, **METHODS[method])
+def run(method: str, folder: Path | None = None, recipe: Recipe = RECIPE, settings: dict[str, Any] | None = None, **more: Any) -> tuple[Host, Result]:
+    host, task = make.host("classify", method, **(METHODS[method] if settings is None else settings))
     return host, train(host, "m", task, make.table(24), recipe=recipe, run_dir=folder, **more)
-
-
-def run_ma(folder: Path | None = None, **more: Any) -> tuple[Host, Result]:
-    host, task = make.host("classify", "spiel", **MA)
-    return host, train(host, "m", task, make.table(24), recipe=RECIPE, run_dir=folder, **more)
 
 
 def parts(host: Host, leaf: str) -> dict[str, Tensor]:
@@ -57,19 +52,18 @@ def test_an_interruption_changes_nothing(method: str, tmp_path: Path) -> None:
     assert run(method, tmp_path, resume=True)[1].module.digest == whole.module.digest
 
 
-def rate_lines(method: str, recipe: Recipe, **settings: Any) -> list[float]:
-    host, task = make.host("classify", method, **settings)
-    result = train(host, "m", task, make.table(24), recipe=replace(recipe, log_every=1))
+def rate_lines(method: str, **settings: Any) -> list[float]:
+    result = run(method, recipe=replace(RECIPE, log_every=1), settings=METHODS[method] | settings)[1]
     return [line["learning_rate"] for line in result.history if "learning_rate" in line]
 
 
 def test_rounds_and_stages_have_a_schedule_each() -> None:
     """Lottery tickets are trained in every round as in the first, differences at fixed places five times as fast as before."""
-    found = rate_lines("lottery", RECIPE, **METHODS["lottery"])
+    found = rate_lines("lottery")
     assert found[:4] == pytest.approx(found[4:8]) and found[:4] == pytest.approx(found[8:]) and found[0] > found[3]
-    late = rate_lines("lottery", RECIPE, **METHODS["lottery"] | {"late": 2})
+    late = rate_lines("lottery", late=2)
     assert late[0] == pytest.approx(found[0]) and late[4] < late[0], "a rewound round goes on from the step it is rewound to"
-    found = rate_lines("diff_pruning", RECIPE, **METHODS["diff_pruning"])
+    found = rate_lines("diff_pruning")
     assert found[6:] == pytest.approx([5 * rate for rate in found[:6]])
 
 
@@ -150,13 +144,13 @@ def test_spiel_by_momenta_takes_no_dense_gradient_and_goes_on_after_an_interrupt
     monkeypatch.setattr(SparseFactor, "collect", lambda *a: pytest.fail("no gradient of a whole tensor is asked for"))
     host, _ = make.host("classify", "spiel", **MA)
     before = parts(host, "index")
-    host, result = run_ma()
+    host, result = run("spiel", settings=MA)
     after = parts(host, "index")
     assert before and all(len(after[k]) == len(before[k]) and not torch.equal(before[k], after[k]) for k in before)
     assert all(bool((t[1:] > t[:-1]).all()) for t in after.values())
     with pytest.raises(Interrupted):
-        run_ma(tmp_path, callbacks=[SignalAfter(5)])
-    assert run_ma(tmp_path, resume=True)[1].module.digest == result.module.digest
+        run("spiel", tmp_path, settings=MA, callbacks=[SignalAfter(5)])
+    assert run("spiel", tmp_path, settings=MA, resume=True)[1].module.digest == result.module.digest
 
 
 def test_sm3_accumulators_and_what_they_choose() -> None:
