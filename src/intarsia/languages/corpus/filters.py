@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -111,7 +111,7 @@ class Normalise:
             romaniser(self.romanise)
 
     def settings(self) -> dict[str, Any]:
-        return {"form": self.form, "lower": self.lower, "strip_marks": list(self.strip_marks), "romanise": self.romanise}
+        return {**asdict(self), "strip_marks": list(self.strip_marks)}
 
     def run(self, lines: Sequence[Line]) -> tuple[list[Line], list[Dropped]]:
         kept, dropped = [], []
@@ -158,10 +158,10 @@ class Length:
     name = "length"
 
     def settings(self) -> dict[str, Any]:
-        return {"least_words": self.least_words, "most_characters": self.most_characters}
+        return asdict(self)
 
     def run(self, lines: Sequence[Line]) -> tuple[list[Line], list[Dropped]]:
-        return _sift(lines, self._why)
+        return sift(lines, self._why)
 
     def _why(self, line: Line) -> str:
         if len(line.text) > self.most_characters:
@@ -181,10 +181,10 @@ class Script:
     name = "script"
 
     def settings(self) -> dict[str, Any]:
-        return {"script": self.script, "share": self.share}
+        return asdict(self)
 
     def run(self, lines: Sequence[Line]) -> tuple[list[Line], list[Dropped]]:
-        return _sift(lines, self._why)
+        return sift(lines, self._why)
 
     def _why(self, line: Line) -> str:
         found = Counter(name for char in line.text if (name := script(char)))
@@ -200,12 +200,13 @@ class Words:
     what: what the list is for: `personal data`, `toxicity`.
     entries: words or phrases; a line that holds one (case, marks and punctuation aside, whole words) goes.
     sha256: of the list's file; the list itself is not written into the manifest.
+    keys: the entries as they are compared.
     """
 
     what: str
     entries: tuple[str, ...]
     sha256: str = ""
-    keys: frozenset[tuple[str, ...]] = field(default=frozenset(), compare=False)
+    keys: frozenset[tuple[str, ...]] = field(init=False, compare=False)
     name = "words"
 
     def __post_init__(self) -> None:
@@ -225,14 +226,15 @@ class Words:
             hit = any(words[i : i + n] in self.keys for n in lengths for i in range(len(words) - n + 1))
             return f"on the list for {self.what}" if hit else ""
 
-        return _sift(lines, why)
+        return sift(lines, why)
 
 
 def _key(text: str) -> tuple[str, ...]:
     return tuple(key for word in text.split() if (key := normal_form(word)))
 
 
-def _sift(lines: Sequence[Line], why: Any) -> tuple[list[Line], list[Dropped]]:
+def sift(lines: Sequence[Line], why: Callable[[Line], str]) -> tuple[list[Line], list[Dropped]]:
+    """The lines for which there is no reason to go (an empty one), and the others with theirs."""
     kept, dropped = [], []
     for line in lines:
         reason = why(line)

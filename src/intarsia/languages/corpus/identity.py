@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intarsia.errors import UsageError, listing
-from intarsia.languages.corpus.filters import Dropped
+from intarsia.languages.corpus.filters import Dropped, sift
 from intarsia.languages.corpus.sources import Line
 from intarsia.languages.measures import split
 
@@ -120,11 +120,8 @@ class Identity:
         return best if score > own + self.margin else self.wanted.language
 
     def run(self, lines: Sequence[Line]) -> tuple[list[Line], list[Dropped]]:
-        kept, dropped = [], []
-        for line in lines:
-            found = self.language(line.text)
-            if found == self.wanted.language:
-                kept.append(line)
-            else:
-                dropped.append(Dropped(line, f"looks like {found}"))
-        return kept, dropped
+        return sift(lines, self._why)
+
+    def _why(self, line: Line) -> str:
+        found = self.language(line.text)
+        return "" if found == self.wanted.language else f"looks like {found}"

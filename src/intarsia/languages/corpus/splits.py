@@ -52,7 +52,7 @@ def split(lines: Sequence[Line], share: float = 0.05, books: Sequence[str] | Non
     for book in books:
         if book not in counts:
             raise UsageError(f"no book {book!r} in this corpus{nearest(book, counts)} it has: {listing(counts, 30) or 'none'}")
-    held = set(books) if share or books else set()
+    held = set(books)
     blocks = _blocks([line for line in lines if not line.book], share, seed)
     dev = tuple(line for line in lines if (line.book in held if line.book else (line.source, line.ident) in blocks))
     chosen = {(line.source, line.ident) for line in dev}
