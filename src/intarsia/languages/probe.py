@@ -9,7 +9,7 @@ from typing import Any
 from intarsia.errors import DataError, UsageError
 from intarsia.languages.evidence import BY_KEY, CONFLICT, Evidence
 from intarsia.languages.measures import Fit, Measures, fit, measures
-from intarsia.languages.tags import iso639_3
+from intarsia.languages.tags import alternatives, iso639_3
 from intarsia.languages.typology import Glottolog, Typology
 
 UNKNOWN_WORDS = 0.05
@@ -131,16 +131,10 @@ def probe(
     bits, note = _bits(base, texts, bits_lines)
     compared = fit(texts, task_texts) if task_texts else None
     headless = base.model.get_output_embeddings() is None
-    own = tuple(name for code in _codes(iso) for name in coverage.get(code, ()))
+    own = tuple(name for code in alternatives(iso) for name in coverage.get(code, ()))
     rows = advise(found, headless=headless, relatives=[n for n in near.near if n.modules] if near else [])
     warnings = [*_warnings(found, language, base, compared), *(near.warnings if near else ["no typology: neighbours are unknown (see --typology)"])]
     return Probe(language, iso, base.name, found, bits, note, compared, near, own, rows, tuple(warnings))
-
-
-def _codes(iso: str) -> tuple[str, ...]:
-    from intarsia.languages.tags import alternatives
-
-    return alternatives(iso)
 
 
 def _bits(base: Any, texts: Sequence[str], lines: int) -> tuple[float | None, str]:

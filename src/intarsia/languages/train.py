@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.bases import load
+from intarsia.data import Table
 from intarsia.errors import UsageError, listing, nearest
 from intarsia.host import Host
 from intarsia.languages.bits import Bits, bits, spread
 from intarsia.languages.cards import card_of
 from intarsia.languages.corpus.build import Corpus
-from intarsia.languages.objectives import Objective, learning
+from intarsia.languages.objectives import LENGTH, Objective, learning
 from intarsia.languages.vocabulary.build import OUTPUT_BIAS, bias_start, has_tied_head, output_bias
 from intarsia.languages.vocabulary.build import method_of as vocabulary_method
 from intarsia.languages.vocabulary.tokenizer import tokenizer_of, vocabulary_of
@@ -35,6 +37,7 @@ from intarsia.modules import Module
 from intarsia.patches import LanguageModelHead
 from intarsia.patches.vocabulary import Vocabulary, VocabularyBias
 from intarsia.sites.address import split_top
+from intarsia.tasks import build
 from intarsia.train import Recipe, Result, train
 
 NAMES = {"mad-x": "madx", "lt-sft": "lt_sft", "lora": "lora", "bitfit": "bitfit", "full": "full"}
@@ -243,12 +246,9 @@ def warm_head(
     Raises:
         UsageError: the base has a head.
     """
-    from intarsia.data import Table
-    from intarsia.tasks import build
-
     if host.model.get_output_embeddings() is not None:
         raise UsageError(f"{base.name} has an LM head of its own; there is nothing to warm up")
-    task = build("mlm", host.tokenizer, settings={"lm_head": "new", "max_length": max_length or 128}, columns={})
+    task = build("mlm", host.tokenizer, settings={"lm_head": "new", "max_length": max_length or LENGTH}, columns={})
     assert task.head is not None
     host.add(name, METHODS["head"].build().with_head(task.head), seed=seed, roles={"role": "lm-head"})
     tables = [Table.of({"text": list(lines)}) if lines else None for lines in (texts, dev)]
@@ -258,8 +258,6 @@ def warm_head(
 
 def base_head(base_name: str | Path, objective: Objective, *, allow_network: bool = False) -> Any:
     """The base, with its masked-LM head where it has weights for one and the objective wants it, else without a head."""
-    from intarsia.bases import load
-
     if objective != "align":
         whole = load(base_name, allow_network=allow_network)
         if whole.model.get_output_embeddings() is not None and whole.tokenizer.mask_token_id is not None:

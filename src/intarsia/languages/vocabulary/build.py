@@ -17,7 +17,7 @@ from intarsia.errors import UsageError
 from intarsia.languages.measures import measures
 from intarsia.languages.vocabulary.factorise import FACTORISATIONS, factorise
 from intarsia.languages.vocabulary.start import STARTS, overlap, rows
-from intarsia.languages.vocabulary.tokenizer import Pieces, appended, make, train
+from intarsia.languages.vocabulary.tokenizer import Pieces, appended, make, train, vocabulary_of
 from intarsia.methods import Method, Patch, Policy
 from intarsia.modules import Card, Module
 from intarsia.patches import Dense
@@ -238,7 +238,7 @@ def bias_start(model: Any, count: int) -> Tensor:
 
 def size_of(module: Module) -> tuple[int, int]:
     """Trained numbers of a vocabulary module, and bytes of all it stores."""
-    spec: Any = next(patch.form for patch in module.method.patches if isinstance(patch.form, Vocabulary))
-    leaf = "codes" if isinstance(spec.factor, Coded) else "value"
+    spec = vocabulary_of(module)
+    leaf = "codes" if spec is not None and isinstance(spec.factor, Coded) else "value"
     trained = module.tensors[f"tied/vocabulary.factor.{leaf}"].numel() + sum(t.numel() for k, t in module.tensors.items() if k == OUTPUT_BIAS)
     return trained, sum(t.numel() * t.element_size() for t in module.tensors.values())

@@ -10,6 +10,7 @@ other scores each time, and nothing here may depend on chance.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -217,12 +218,8 @@ def appended(pieces: Pieces, base: Any) -> PreTrainedTokenizerFast:
     Raises:
         UsageError: the base's tokenizer is no fast one.
     """
-    import copy
-
     if not getattr(base, "is_fast", False):
         raise UsageError(f"the tokenizer {type(base).__name__} is no fast one; pieces can only be appended to a fast one")
-    from tokenizers import AddedToken
-
     made = copy.deepcopy(base)
     words = [text.removeprefix(MARK) for text in pieces.texts]
     made.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
@@ -237,7 +234,7 @@ def canonical(base: Any) -> dict[str, int]:
     Families mark differently: SentencePiece `▁` and byte-level BPE `Ġ` what begins a word, WordPiece `##` what does not.
     """
     vocabulary = base.get_vocab()
-    specials = set(special_tokens_of(base))
+    specials = set(map(str, base.all_special_tokens))
     kind = _family(base)
     found: dict[str, int] = {}
     for piece, i in vocabulary.items():
@@ -254,11 +251,6 @@ def canonical(base: Any) -> dict[str, int]:
             text = piece
         found.setdefault(text, i)
     return found
-
-
-def special_tokens_of(base: Any) -> tuple[str, ...]:
-    """All special tokens of a tokenizer."""
-    return tuple(map(str, base.all_special_tokens))
 
 
 def _family(base: Any) -> str:
