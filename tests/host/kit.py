@@ -148,6 +148,18 @@ def run(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Te
         return answer(model(**inputs, **options))
 
 
+def stepwise(model: PreTrainedModel, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    """Logits of an encoder-decoder's target, one token at a time with a cache, the encoder's states kept."""
+    given: dict[str, Any] = {"input_ids": source}
+    past, found = None, []
+    with torch.no_grad():
+        for token in target.split(1, 1):
+            out = model(**given, attention_mask=mask, decoder_input_ids=token, past_key_values=past, use_cache=True)
+            past, given = out.past_key_values, {"encoder_outputs": (out.encoder_last_hidden_state,)}
+            found.append(out.logits)
+    return torch.cat(found, 1)
+
+
 def without_dropout(model: PreTrainedModel) -> None:
     """Training mode that is deterministic."""
     model.train()

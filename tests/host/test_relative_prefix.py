@@ -11,7 +11,7 @@ from intarsia.errors import CompositionError, SpecError
 from intarsia.host import Host
 from intarsia.methods import build
 from tests import zoo
-from tests.host.kit import disturb
+from tests.host.kit import disturb, stepwise
 
 FRONT = torch.tensor([[11, 12, 13, 14, 15]])
 TEXT = torch.tensor([[21, 22, 23, 24], [31, 32, 0, 0]])
@@ -65,13 +65,7 @@ def test_padding_rows_and_steps_do_not_change_it(family: str) -> None:
             whole = model(input_ids=TEXT, attention_mask=MASK, decoder_input_ids=SOURCE).logits
             left = model(input_ids=torch.tensor([[0, 0, 31, 32]]), attention_mask=torch.tensor([[0, 0, 1, 1]]), decoder_input_ids=SOURCE[1:]).logits
             torch.testing.assert_close(left[0], whole[1], atol=1e-5, rtol=1e-4)
-            past, encoded, steps = None, None, []
-            for i in range(3):
-                given = {"input_ids": TEXT} if encoded is None else {"encoder_outputs": encoded}
-                out = model(**given, attention_mask=MASK, decoder_input_ids=SOURCE[:, i : i + 1], past_key_values=past, use_cache=True)
-                past, encoded = out.past_key_values, (out.encoder_last_hidden_state,)
-                steps.append(out.logits)
-            torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(stepwise(model, TEXT, MASK, SOURCE), whole, atol=1e-5, rtol=1e-4)
         with host.using(["m", "n"]):
             mixed = model(input_ids=TEXT, attention_mask=MASK, decoder_input_ids=SOURCE).logits
         torch.testing.assert_close(mixed[0], whole[0], atol=1e-5, rtol=1e-4)
@@ -114,13 +108,7 @@ def test_positions_that_move_the_text() -> None:
         for row in (0, 1):
             torch.testing.assert_close(rows[row], alone[row][row], atol=1e-5, rtol=1e-4)
         with host.using("m"):
-            past, encoded, steps = None, None, []
-            for i in range(3):
-                source = {"input_ids": TEXT} if encoded is None else {"encoder_outputs": encoded}
-                out = model(**source, attention_mask=MASK, decoder_input_ids=SOURCE[:, i : i + 1], past_key_values=past, use_cache=True)
-                past, encoded = out.past_key_values, (out.encoder_last_hidden_state,)
-                steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), alone[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(stepwise(model, TEXT, MASK, SOURCE), alone[0], atol=1e-5, rtol=1e-4)
         with pytest.raises(CompositionError, match="moves the text"), host.using("m >> plain"):
             model(**given)
     with pytest.raises(SpecError, match="not both"):

@@ -10,7 +10,7 @@ import torch
 from intarsia.host import Host
 from intarsia.tasks import build, evaluate
 from tests import zoo
-from tests.host.kit import disturb, small
+from tests.host.kit import disturb, small, stepwise
 from tests.tasks import toys
 
 BYTES = toys.bytelevel()
@@ -95,10 +95,5 @@ def test_decoders_that_read_an_encoder(padding: str) -> None:
     target = torch.tensor([[0, 11, 12, 13], [0, 14, 15, 16]])
     with torch.no_grad(), host.using("m") as ready:
         whole = ready(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
-        encoded, past, found = None, None, []
-        for i in range(4):
-            given = {"input_ids": source} if encoded is None else {"encoder_outputs": encoded}
-            out = ready(**given, attention_mask=mask, decoder_input_ids=target[:, i : i + 1], past_key_values=past, use_cache=True)
-            encoded, past = (out.encoder_last_hidden_state,), out.past_key_values
-            found.append(out.logits)
-    torch.testing.assert_close(whole, torch.cat(found, 1), rtol=1e-4, atol=1e-4)
+        steps = stepwise(ready, source, mask, target)
+    torch.testing.assert_close(whole, steps, rtol=1e-4, atol=1e-4)
