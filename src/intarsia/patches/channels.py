@@ -21,6 +21,7 @@ from intarsia.patches.factors import Factor
 from intarsia.patches.init import INITS
 from intarsia.patches.place import Place
 from intarsia.patches.seeded import Stream
+from intarsia.patches.sparse import rising
 
 
 class ColumnsFactor(Factor):
@@ -52,7 +53,7 @@ class ColumnsFactor(Factor):
         shape = tuple(len(index) if i == axis else size for i, size in enumerate(self.values.shape))
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool or values.shape != shape:
             raise ModuleError(f"channels need a vector of positions and values of shape {shape}, found {tuple(index.shape)} {index.dtype} and {tuple(values.shape)}")
-        if len(index) and (int(index[0]) < 0 or int(index[-1]) >= self.length or not bool((index[1:] > index[:-1]).all())):
+        if not rising(index, self.length):
             raise ModuleError(f"positions of channels must rise and lie below {self.length}")
         self.index = index.to(self.index.device, self.index.dtype)
         self.values = nn.Parameter(torch.zeros(shape, dtype=self.values.dtype, device=self.values.device), self.values.requires_grad)

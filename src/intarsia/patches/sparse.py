@@ -24,6 +24,11 @@ from intarsia.patches.place import Place
 from intarsia.patches.seeded import Stream
 
 
+def rising(index: Tensor, below: int) -> bool:
+    """Whether positions [k] rise from 0 or more and stay below a size."""
+    return not len(index) or (int(index[0]) >= 0 and int(index[-1]) < below and bool((index[1:] > index[:-1]).all()))
+
+
 class SparseFactor(Factor):
     """values [k] at the flat positions index [k], rising, of a tensor of `shape`; zero elsewhere."""
 
@@ -75,7 +80,7 @@ class SparseFactor(Factor):
     def _check(self, index: Tensor, values: Tensor) -> None:
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool or values.shape != index.shape:
             raise ModuleError(f"sparse entries need a vector of positions and as many values, found {tuple(index.shape)} {index.dtype} and {tuple(values.shape)}")
-        if len(index) and (int(index[0]) < 0 or int(index[-1]) >= prod(self.shape) or not bool((index[1:] > index[:-1]).all())):
+        if not rising(index, prod(self.shape)):
             raise ModuleError(f"positions of sparse entries must rise and lie below {prod(self.shape)}, the size of a tensor of shape {self.shape}")
 
 
