@@ -50,6 +50,7 @@ from intarsia.patches import (
     Projection,
     Replace,
     Rot,
+    Router,
     Scaled,
     Seeded,
     Set,
@@ -59,6 +60,7 @@ from intarsia.patches import (
     SubspaceEdit,
     Sum,
     Tokens,
+    Weigh,
 )
 from tests import zoo
 from tests.host import kit
@@ -229,6 +231,8 @@ def test_many_more(family: str, drawn: tuple[str, Any, Any, str]) -> None:
         (Scaled(Ladder()), Add(), "out", r"Scaled\(Ladder\) gives a scaled value, and has none .* its ports: none"),
         (Gated(Coupling()), Add(), "in", r"Gated\(Coupling\) gives what could not be undone .* its ports: none"),
         (Scaled(Coupling()), Add(), "in", r"could not be undone"),
+        (Const(), Weigh(), "out", r"Const does not go with Weigh"),
+        (Router(("a", "b")), Add(), "out", r"Router does not go with Add: a router gives weights \(Weigh\)"),
     ],
 )  # fmt: skip
 def test_refusals_name_what_does_not_go_together(form: Any, op: Any, port: Any, complaint: str) -> None:

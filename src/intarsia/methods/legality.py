@@ -1,8 +1,8 @@
 """Which forms may stand at which kind of site and enter by which op: the table that a patch is checked against when it is made.
 
 What is not here: whether a model has such a site and whether sizes fit (found when a method is laid into a model), and what
-expressions over modules may do (`intarsia.compose.legality`).  A form or op of somebody else is not in the table; of it only
-the op's place is checked.
+expressions over modules may do (`intarsia.compose.legality`).  A router goes with `Weigh` and with nothing else.  Vocabularies
+and forms or ops of somebody else are not in the table; of these only the op's place is checked.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from intarsia.patches import (
     Renorm,
     Replace,
     Rot,
+    Router,
     Scaled,
     Set,
     SubspaceEdit,
     Ticket,
     Tokens,
+    Weigh,
 )
 
 Names = Collection[type]
@@ -121,6 +123,8 @@ def _around(form: Gated | Scaled, inner: Entry) -> Entry:
 
 def refusal(form: Any, op: Any, port: str) -> str | None:
     """Why a form may not enter by an op at a port; None where it may."""
+    if isinstance(op, Weigh) != isinstance(form, Router):
+        return f"{_named(form)} does not go with {_named(op)}: a router gives weights (Weigh), and nothing else does"
     known = {kind for kinds, _ in OPS.values() for kind in kinds}
     found = entry(form)
     allowed, why = OPS[port]
