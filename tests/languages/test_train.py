@@ -233,6 +233,9 @@ def test_recipes_run_and_go_on(name: str, given: Given, folder: Path, tmp_path: 
     assert found.results and all(0 <= one.metrics["accuracy"].value <= 1 and one.majority for one in found.results)
     again = run(RECIPES[name], given, folder=tmp_path / "run", source="eng", target="kab", sources="eng", note=notes.append)
     assert not again.seconds and [one.metrics for one in again.results] == [one.metrics for one in found.results]
+    if name == "unks":
+        taken = run(RECIPES[name], given, folder=tmp_path / "taken", modules=found.modules, source="eng", target="kab", sources="eng")
+        assert not taken.seconds and taken.modules == found.modules
     if name == "bad-x":
         assert found.modules["task-eng-kab"].requires == (found.modules["lang-eng-kab"].digest,)
         assert [one.data for one in found.results] == ["kab", "eng"]

@@ -135,7 +135,7 @@ def run(
 
     Args:
         folder: where modules and run directories go; what is there already is taken over.
-        modules: that are there before, by name (`lang-sme` of the store ...).
+        modules: that are there before, by name (`lang-sme` of the store ...); a stage that would make one of them is passed over.
         note: told what happens.
         names: what the templates stand for: `source="eng", target="kab"`.
 
@@ -154,6 +154,9 @@ def run(
         if stage.kind == "evaluate":
             note(f"evaluate {stage.expression} on {', '.join(stage.labels)}")
             results += _evaluate(stage, given, kept)
+            continue
+        if stage.module in (modules or {}):
+            note(f"{stage.module}: as given")
             continue
         if path.exists():
             note(f"{stage.module}: taken from {path}")
