@@ -16,7 +16,7 @@ from intarsia.train.rates import rates
 from intarsia.train.recipe import Recipe
 from intarsia.train.record import device_name
 from intarsia.train.run import Run
-from intarsia.train.script import script_of
+from intarsia.train.script import all_settings, script_of
 from intarsia.train.task import Task
 
 CONTEXT = "task"
@@ -77,7 +77,7 @@ def card_of(
         old,
         title=old.title or f"{module.name} ({task.name})" + f" for {run.host.base_name}" * bool(run.host.base_name),
         languages=languages,
-        script=old.script or script_of(train_table, task.settings()),
+        script=old.script or script_of(train_table, all_settings(task)),
         task=old.task or task.name,
         data=(*old.data, *(_source(table) for table in tables)),
         base=old.base or run.host.base_name,

@@ -6,11 +6,13 @@ What is not here: the language, which letters do not tell.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
 from intarsia.data import Table
 from intarsia.data.characters import scripts
+from intarsia.train.task import Task
 
 SHARE = 0.05
 """Scripts with fewer of the letters are names and loan words."""
@@ -33,7 +35,7 @@ def script_of(table: Table, settings: Mapping[str, Any]) -> str:
     """Codes of the scripts of a table's texts, most frequent first, joined by `+`; "" if one has no code here.
 
     Args:
-        settings: of the task, which name the columns that hold text.
+        settings: of the task, which name the columns that hold text; those that are defaults too (`all_settings`).
     """
     columns = [name for role in _ROLES if isinstance(name := settings.get(role), str) and name in table.names]
     step = max(1, len(table) // ROWS)
@@ -47,6 +49,12 @@ def script_of(table: Table, settings: Mapping[str, Any]) -> str:
     found = [name for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count >= SHARE * whole]
     codes = ["Jpan" if name == "Japanese" else _CODES.get(name, "") for name in found]
     return "+".join(codes) if all(codes) else ""
+
+
+def all_settings(task: Task) -> dict[str, Any]:
+    """A task's settings with the defaults, which `Task.settings` leaves out."""
+    options = getattr(task, "options", None)
+    return {**({field.name: getattr(options, field.name) for field in fields(options)} if is_dataclass(options) else {}), **task.settings()}
 
 
 def _texts(table: Table, columns: Iterable[str], step: int) -> Iterable[str]:
