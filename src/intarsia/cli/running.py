@@ -169,12 +169,10 @@ def inserted(host: Host, modules: Mapping[str, Module], *, force_base: bool, mar
 
 def build_task(owner: Module, host: Host, settings: Mapping[str, Any], pairs: Sequence[str] | None) -> BaseTask[Any]:
     """The task of a stored module, with some settings changed."""
-    from intarsia.tasks import CONTEXT, TASKS, build
+    from intarsia.tasks import CONTEXT, TASKS, from_module
 
-    stored = dict(owner.context[CONTEXT])
-    name = stored.pop("name")
-    changed = {**settings, **parse_values(pairs, "--task-set", TASKS[name].defaults)}
-    return build(name, host.tokenizer, labels=owner.labels, settings={**stored, **changed}, columns={}, model=host.model)
+    changed = {**settings, **parse_values(pairs, "--task-set", TASKS[owner.context[CONTEXT]["name"]].defaults)}
+    return from_module(owner, host.tokenizer, model=host.model, settings=changed)
 
 
 class Passed:

@@ -17,7 +17,7 @@ from intarsia.errors import CompositionError, listing, nearest
 from intarsia.host import Host
 from intarsia.languages.vocabulary.tokenizer import tokenizer_of, vocabulary_of
 from intarsia.modules import Module
-from intarsia.tasks import CONTEXT, BaseTask, build, evaluate, owner_of
+from intarsia.tasks import BaseTask, evaluate, from_module, owner_of
 from intarsia.tasks.metrics import Score
 
 
@@ -80,20 +80,13 @@ def compare(
             raise CompositionError(f"the expression {text!r} names {unknown[0]!r}, which is no module given{nearest(unknown[0], modules)}; given: {listing(modules)}")
         own = [modules[name] for name in order]
         reader, tokenizer = reader_of(own, host.tokenizer)
-        task = task_of(owner_of(own, head), tokenizer, host, settings)
+        task = from_module(owner_of(own, head), tokenizer, model=host.model, settings=settings)
         for name, table in tables.items():
             if progress is not None:
                 progress(text, name)
             done = evaluate(host, parsed, task, table, head=head, batch_size=batch_size)
             found.append(Compared(text, name, done.metrics, done.counts, reader, majority(task, table), done.seconds))
     return found
-
-
-def task_of(owner: Module, tokenizer: Any, host: Host, settings: Mapping[str, Any] | None = None) -> BaseTask[Any]:
-    """The task of a stored module, with another tokenizer and some settings changed."""
-    stored = dict(owner.context[CONTEXT])
-    name = stored.pop("name")
-    return build(name, tokenizer, labels=owner.labels, settings={**stored, **(settings or {})}, columns={}, model=host.model)
 
 
 def majority(task: BaseTask[Any], table: Table) -> float | None:

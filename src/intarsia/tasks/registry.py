@@ -106,8 +106,11 @@ def bind(task: Any, model: Any) -> None:
         hook(model)
 
 
-def from_module(module: Any, tokenizer: Any, *, model: Any = None) -> BaseTask[Any]:
+def from_module(module: Any, tokenizer: Any, *, model: Any = None, settings: Mapping[str, Any] | None = None) -> BaseTask[Any]:
     """The task a stored module was trained on.
+
+    Args:
+        settings: in the place of those that it was trained with.
 
     Raises:
         ModuleError: the module does not say, or says something that cannot be read.
@@ -118,8 +121,8 @@ def from_module(module: Any, tokenizer: Any, *, model: Any = None) -> BaseTask[A
             f"module {module.name!r} does not say which task it was trained on (no {CONTEXT!r} in its context); "
             "build the task yourself with intarsia.tasks.build(...)"
         )
-    settings = {key: value for key, value in stored.items() if key != "name"}
-    return build(stored["name"], tokenizer, labels=module.labels, settings=settings, columns={}, model=model)
+    kept = {key: value for key, value in stored.items() if key != "name"}
+    return build(stored["name"], tokenizer, labels=module.labels, settings={**kept, **(settings or {})}, columns={}, model=model)
 
 
 def owner_of(modules: Sequence[Module], head: str | None = None) -> Module:
