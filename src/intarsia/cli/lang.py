@@ -118,7 +118,7 @@ def texts_of(path: Path, option: str) -> list[tuple[str, str]]:
     table = read(path)
     return [
         (f"{path.name}:{line}", cell if isinstance(cell, str) else " ".join(cell))
-        for name in guessed(table, TEXTS, option).split(",")
+        for name in guessed(table, TEXTS, f"a column called {' or '.join(TEXTS)} ({option})").split(",")
         for line, cell in zip(table.lines, table.column(name))
     ]
 
