@@ -19,6 +19,7 @@ from intarsia.languages.corpus.identity import Identity, Profile
 from intarsia.languages.corpus.overlap import overlap
 from intarsia.languages.corpus.sources import Line, Source, kind_of, load
 from intarsia.languages.corpus.splits import GOSPELS, choose_books, pairs, split
+from intarsia.languages.romanise import Cipher
 from tests.languages.conftest import verses, write_bible
 
 
@@ -63,6 +64,19 @@ def test_treebank_and_declaration(tmp_path: Path) -> None:
     assert [(line.ident, line.text) for line in found] == [("s1", "Ta mee."), ("2", "del pan.")]
     (tmp_path / "a.html").write_text("<html><head><title>no</title></head><body><h1>One</h1><p>Two\n &amp; three</p><script>x</script></body></html>", "utf-8")
     assert [line.text for line in load(Source(str(tmp_path / "a.html"), "udhr")).lines] == ["One", "Two & three"]
+
+
+@given(st.lists(st.text("abcdeé ,.1", max_size=30), min_size=1, max_size=4))
+def test_a_cipher_can_be_read_back_and_leaves_no_letter(texts: list[str]) -> None:
+    cipher = Cipher.of(texts, "ⲁⲃⲅⲇⲉⲍ")
+    assert [cipher.read(cipher.write(text)) for text in texts] == texts
+    assert not set("abcdeé") & set("".join(map(cipher.write, texts)))
+
+
+def test_a_cipher_that_could_not_be_read_back_is_refused() -> None:
+    for texts, letters, message in (["abc"], "ⲁⲃ", "3 letters"), (["abⲁ"], "ⲁⲃⲅ", "must not occur"), (["ab"], "ⲁⲁ", "different single letters"):
+        with pytest.raises(UsageError, match=message):
+            Cipher.of(texts, letters)
 
 
 # -- filters -----------------------------------------------------------------------------------------------------------

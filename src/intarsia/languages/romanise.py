@@ -85,10 +85,10 @@ class Cipher:
         """For the letters of some texts, the most frequent first.
 
         Raises:
-            UsageError: there are too few letters to write with.
+            UsageError: there are too few letters to write with, or one of them occurs in the texts.
         """
         counts = Counter(c for text in texts for c in text if unicodedata.category(c)[0] == "L")
-        used = [c for c, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if c not in letters]
+        used = [c for c, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
         if len(used) > len(letters):
             raise UsageError(f"the texts have {len(used)} letters, {len(letters)} are there to write them with; lower-case the text first")
         return cls(dict(zip(used, letters)))
