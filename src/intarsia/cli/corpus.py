@@ -12,7 +12,6 @@ import typer
 from intarsia.cli.console import Console
 from intarsia.cli.lang import Language, lines_of, texts_of
 from intarsia.cli.options import parse_pairs
-from intarsia.cli.placing import check_free
 from intarsia.cli.verb import verb
 from intarsia.errors import DataError, UsageError
 
@@ -141,7 +140,8 @@ def romanise_table(
     from intarsia.data import Table, read, write
     from intarsia.languages.romanise import romaniser
 
-    check_free(out)
+    if out.exists():
+        raise UsageError(f"--out {out} exists; give a new file name")
     table, latin = read(file), romaniser(how)
     chosen = column or guessed(table, TEXTS, "--column").split(",")
     cells: dict[str, Any] = {name: table.column(name) for name in table.names}

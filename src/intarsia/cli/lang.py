@@ -18,7 +18,6 @@ from intarsia.cli.options import (
     parse_value,
     parse_values,
 )
-from intarsia.cli.placing import check_free
 from intarsia.cli.verb import verb
 from intarsia.errors import UsageError, nearest
 
@@ -221,8 +220,8 @@ def train(
     from intarsia.train import reporter
 
     for path in (out, with_head):
-        if path is not None:
-            check_free(path)
+        if path is not None and path.exists():
+            raise UsageError(f"{path} exists; give a new file name")
     if objective not in objectives.OBJECTIVES:
         raise UsageError(f"--objective {objective} is not one of {', '.join(objectives.OBJECTIVES)}")
     held = [read_corpus(folder) for folder in corpus]
@@ -266,7 +265,8 @@ def head(
     from intarsia.modules import save
     from intarsia.train import reporter
 
-    check_free(out)
+    if out.exists():
+        raise UsageError(f"--out {out} exists; give a new file name")
     loaded = base_head(base, "mlm", allow_network=allow_network)
     host = Host(loaded.model, tokenizer=loaded.tokenizer, base_name=loaded.name)
     result = warm_head(

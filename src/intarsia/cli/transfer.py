@@ -10,7 +10,6 @@ import typer
 from intarsia.cli.console import Console
 from intarsia.cli.evaluate import data_files, interval
 from intarsia.cli.options import AllowNetwork, Columns, Format, TaskSettings, parse_values, read_table, reading
-from intarsia.cli.placing import check_free
 from intarsia.cli.running import BaseName, ForceBase, HeadOf, Modules, base_of, inserted, module_files
 from intarsia.cli.sources import read_modules
 from intarsia.cli.verb import verb
@@ -53,8 +52,8 @@ def evaluate(
     from intarsia.tasks import CONTEXT, TASKS, head_for, owner_of
 
     files = module_files(module)
-    if out is not None:
-        check_free(out)
+    if out is not None and out.exists():
+        raise UsageError(f"--out {out} exists; give a new file name")
     modules = read_modules(files)
     name = base or base_of(files)
     expressions = expr or ([next(iter(modules))] if len(modules) == 1 else [])

@@ -10,7 +10,6 @@ import typer
 from intarsia.cli.console import Console, size_text
 from intarsia.cli.lang import BaseOf
 from intarsia.cli.options import AllowNetwork
-from intarsia.cli.placing import check_free
 from intarsia.cli.verb import verb
 from intarsia.errors import DataError, UsageError
 
@@ -78,7 +77,8 @@ def extend(
     from intarsia.modules import save
     from intarsia.sites.fingerprint import fingerprint
 
-    check_free(out)
+    if out.exists():
+        raise UsageError(f"--out {out} exists; give a new file name")
     if mode not in ("replace", "append"):
         raise UsageError(f"--mode {mode} is neither replace nor append")
     held = read_corpus(corpus)
