@@ -337,10 +337,10 @@ def check_data(console: Console, task: BaseTask[Any], table: Table, dev: Table |
         DataError: what was found, unless `force`.
     """
     from intarsia.data import check
+    from intarsia.train.script import all_settings, text_columns
 
     options = task.options
-    roles = [getattr(options, role, None) for role in ("text", "pair", "tokens", "source", "target", "prompt", "completion")]
-    texts = [name for name in roles if isinstance(name, str) and name in table.names]
+    texts = text_columns(table, all_settings(task))
     label = next((getattr(options, role) for role in ("tags", "label", "value") if getattr(options, role, None) in table.names), None)
     prefix = task.tokenizer(getattr(options, "prefix", ""), add_special_tokens=False)["input_ids"]  # stands before every text
     several = getattr(options, "problem", "") == "multi"

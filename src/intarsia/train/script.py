@@ -37,7 +37,7 @@ def script_of(table: Table, settings: Mapping[str, Any]) -> str:
     Args:
         settings: of the task, which name the columns that hold text; those that are defaults too (`all_settings`).
     """
-    columns = [name for role in _ROLES if isinstance(name := settings.get(role), str) and name in table.names]
+    columns = text_columns(table, settings)
     step = max(1, len(table) // ROWS)
     counts = scripts(_texts(table, columns or [name for name in ("text", "tokens") if name in table.names], step))
     if any(name in counts for name in _KANA):
@@ -49,6 +49,11 @@ def script_of(table: Table, settings: Mapping[str, Any]) -> str:
     found = [name for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count >= SHARE * whole]
     codes = ["Jpan" if name == "Japanese" else _CODES.get(name, "") for name in found]
     return "+".join(codes) if all(codes) else ""
+
+
+def text_columns(table: Table, settings: Mapping[str, Any]) -> list[str]:
+    """The columns of a table that a task reads texts from; its settings name them."""
+    return [name for role in _ROLES if isinstance(name := settings.get(role), str) and name in table.names]
 
 
 def all_settings(task: Task) -> dict[str, Any]:
