@@ -207,15 +207,8 @@ def _copy_head(live: Tensor, stored: Tensor, key: str, vocabulary: Module | None
 
 def without_head(module: Module) -> Module:
     """A module without its LM head and without what it changes of the base's (the bias of a vocabulary's pieces); itself if it has neither."""
-    gone = [p.name for p in module.method.patches if p.port == "logits" or isinstance(p.form, VocabularyBias)]
-    if not gone:
-        return module
-    method = replace(module.method, patches=tuple(p for p in module.method.patches if p.name not in gone))
-    tensors = {key: tensor for key, tensor in module.tensors.items() if key.split("/", 1)[1].split(".", 1)[0] not in gone or key.startswith("tied/")}
-    return Module(
-        name=module.name, method=method, tensors=tensors, base=module.base, labels=None, roles=dict(module.roles), requires=module.requires, context={},
-        card=module.card,
-    )  # fmt: skip
+    bare = module.part(lambda patch: patch.port != "logits" and not isinstance(patch.form, VocabularyBias))
+    return bare if bare is module else replace(bare, labels=None, context={})
 
 
 def _lines(corpora: Sequence[Corpus]) -> list[str]:
